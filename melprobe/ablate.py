@@ -1,0 +1,209 @@
+"""`python -m melprobe.ablate --skip-layers`: which blocks does listening need?
+
+Skips each decoder block in turn (or one set of blocks) at the speech positions, measures what that
+costs, and writes a report. Stopped and started again, it goes on where it was.
+"""
+
+import hashlib
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import soundfile
+import torch
+from rich.progress import Progress
+
+from melprobe.analysis.damage import score_skip_study
+from melprobe.analysis.sweep import SkipStudy, run_skip_study
+from melprobe.audio.load import SAMPLE_RATE, load_usable
+from melprobe.audio.patches import patch_rate
+from melprobe.corpus.manifest import Utterance, find_manifest, read_manifest
+from melprobe.corpus.text import plain_text
+from melprobe.errors import Parser, UsageError, run
+from melprobe.hooks.layers import format_layers, parse_layers
+from melprobe.hooks.positions import POSITIONS, check_positions
+from melprobe.listener import Listener, load
+from melprobe.model.checkpoint import ADAPTER, DEFAULT, find_checkpoint
+from melprobe.report.examples import chosen_utterances, clip_path
+from melprobe.report.html import render
+from melprobe.report.reading import EACH_BLOCK
+from melprobe.store import RowStore, provenance
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def parser() -> Parser:
+    p = Parser(prog="python -m melprobe.ablate", description=__doc__)
+    p.add_argument(
+        "--skip-layers",
+        nargs="?",
+        const=EACH_BLOCK,
+        required=True,
+        metavar="LAYERS",
+        help="skip each block in turn, or the set given, such as 3,5-8 (counted from 0)",
+    )
+    p.add_argument("--positions", default="speech", help=f"one of {', '.join(POSITIONS)}")
+    p.add_argument("--checkpoint", default=DEFAULT, help="name under checkpoints/, or a folder")
+    p.add_argument("--data", default="builtin/test", help="manifest, or name like queen/test")
+    p.add_argument("--limit", type=int, default=30, help="number of utterances (0: all)")
+    p.add_argument("--seed", type=int, default=0, help="chooses the utterances and resamples them")
+    p.add_argument("--device", help="cpu, cuda or cuda:N; the best there is by default")
+    p.add_argument("--dtype", choices=DTYPES, help="by default what the device multiplies fast")
+    p.add_argument("--on-bad-audio", choices=("error", "skip"), default="error")
+    p.add_argument("--out", type=Path, help="folder of the run; by default under reports/")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the study and render its report."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    options = parser().parse_args(words)
+    check_positions(options.positions)
+    checkpoint = find_checkpoint(options.checkpoint)
+    manifest = find_manifest(options.data)
+    chosen = choose(read_manifest(manifest), options.limit, options.seed)
+    usable, waves, left_out = load_usable(chosen, options.on_bad_audio)
+    n_layers = json.loads((checkpoint / "config.json").read_text())["text_config"][
+        "num_hidden_layers"
+    ]
+    sets = layer_sets(options.skip_layers, n_layers)
+    listener = load(checkpoint, device=options.device, dtype=DTYPES.get(options.dtype))
+    out = options.out or default_out(options, checkpoint)
+    study = SkipStudy(
+        run=out.name,
+        utterances=usable,
+        waves=waves,
+        layer_sets=sets,
+        positions=options.positions,
+        max_new_tokens=answer_limit(listener, usable),
+    )
+    settings = {
+        "run": study.run,
+        "checkpoint": file_sha256(checkpoint / ADAPTER),
+        "data": file_sha256(manifest),
+        "utterances": [u.id for u in usable],
+        "layers": [format_layers(s) for s in sets],
+        "positions": options.positions,
+        "seed": options.seed,
+        "max_new_tokens": study.max_new_tokens,
+        "dtype": str(listener.model.dtype),
+        "device": listener.model.device.type,
+    }
+    with RowStore(out / "rows.sqlite", settings) as store:
+        with Progress() as progress:
+            bar = progress.add_task("skipping", total=len(usable) * (2 + len(sets)))
+            run_skip_study(listener, study, store, lambda n: progress.update(bar, advance=n))
+        store.export_parquet(out / "rows.parquet")
+        rows = store.frame()
+    results: dict[str, Any] = {
+        "schema": 1,
+        "run": out.name,
+        "question": {"positions": options.positions, "layers": options.skip_layers},
+        "checkpoint": describe_checkpoint(checkpoint, listener),
+        "data": describe_data(options.data, manifest, usable, waves, left_out),
+        "n_utterances": len(usable),
+        **score_skip_study(
+            rows, sets, settings["layers"], n_layers, options.positions, options.seed
+        ),
+        **provenance(
+            seed=options.seed, command=["python -m melprobe.ablate", *map(shlex.quote, words)]
+        ),
+        "warnings": [],
+    }
+    seconds = rows[rows.condition == "intact"].seconds.sum()
+    results["baseline"]["rtfx"] = results["data"]["seconds"] / seconds
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    keep_examples(out, rows, usable, waves)
+    print(f"report: {render(out)}")
+
+
+def layer_sets(text: str, n_layers: int) -> list[list[int]]:
+    """Each block alone, or the one set that was asked for."""
+    if text == EACH_BLOCK:
+        return [[layer] for layer in range(n_layers)]
+    return [parse_layers(text, n_layers)]
+
+
+def choose(utterances: list[Utterance], limit: int, seed: int) -> list[Utterance]:
+    """`limit` utterances drawn without replacement, in the manifest's order."""
+    if limit < 0:
+        raise UsageError(f"--limit {limit}: take a number of utterances, or 0 for all")
+    if not limit or limit >= len(utterances):
+        return utterances
+    places = np.random.default_rng(seed).choice(len(utterances), limit, replace=False)
+    return [utterances[i] for i in sorted(places)]
+
+
+def answer_limit(listener: Listener, utterances: list[Utterance]) -> int:
+    """Tokens after which every transcript is cut, under all conditions: half again the longest."""
+    lengths = [len(listener.processor.answer_ids(plain_text(u.text))) for u in utterances]
+    return max(lengths) * 3 // 2
+
+
+def default_out(options: Any, checkpoint: Path) -> Path:
+    """A folder under reports/ that the same command finds again."""
+    layers = "" if options.skip_layers == EACH_BLOCK else f"-layers-{options.skip_layers}"
+    data = options.data.removesuffix(".jsonl").replace("/", "-").strip("-.")
+    name = f"{checkpoint.name}-{data}-skip-{options.positions}{layers}-n{options.limit}"
+    return Path("reports") / (name + (f"-seed{options.seed}" if options.seed else ""))
+
+
+def describe_checkpoint(folder: Path, listener: Listener) -> dict[str, Any]:
+    data = folder / "data.json"
+    manifests = json.loads(data.read_text())["manifests"] if data.exists() else []
+    config = listener.model.config
+    return {
+        "name": folder.name,
+        "sha256": file_sha256(folder / ADAPTER),
+        "base": config.base,
+        "front": config.audio_front,
+        "token_rate_hz": patch_rate(config.frames_per_patch),
+        "n_layers": listener.n_layers,
+        "trained_on": [corpus["manifest"] for corpus in manifests],
+        "dtype": str(listener.model.dtype).removeprefix("torch."),
+    }
+
+
+def describe_data(
+    name: str, manifest: Path, usable: list[Utterance], waves: list[np.ndarray], left_out: list[str]
+) -> dict[str, Any]:
+    speakers = {u.speaker for u in usable if u.speaker}
+    if len(speakers) == 1:
+        scope = "one speaker: it can show what this model does with this voice, not with others"
+    elif len(speakers) < 10:
+        scope = f"{len(speakers) or 'unnamed'} speakers: too few to speak of speakers in general"
+    else:
+        scope = f"{len(speakers)} speakers, resampled whole: it speaks of speakers like these"
+    return {
+        "name": name,
+        "n_utterances": len(usable),
+        "n_speakers": len(speakers),
+        "seconds": round(sum(map(len, waves)) / SAMPLE_RATE, 2),
+        "sha256": file_sha256(manifest),
+        "note": f"{len(usable)} utterances of {scope}.",
+        "left_out": left_out,
+    }
+
+
+def keep_examples(
+    out: Path, rows: pd.DataFrame, usable: list[Utterance], waves: list[np.ndarray]
+) -> None:
+    """Put a few clips beside the rows, so that the report can be rebuilt from its folder alone."""
+    (out / "audio").mkdir(exist_ok=True)
+    wave_of = {u.id: wave for u, wave in zip(usable, waves, strict=True)}
+    for utterance in chosen_utterances(rows):
+        soundfile.write(clip_path(out, utterance), wave_of[utterance], SAMPLE_RATE)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    run(main)

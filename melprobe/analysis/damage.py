@@ -1,0 +1,142 @@
+"""From rows to scores: gate, damage and bands of a layer-skip study. Never sees a model.
+
+Damage d = (NLL_cut − NLL_intact) / (NLL_swapped − NLL_intact): 0 nothing lost, 1 deaf. A claim
+about layers needs the listening gate: a deaf model's text prior answers for it, and makes every
+layer look dispensable.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from melprobe.analysis.statistics import Bootstrap, Interval
+
+GATE_NAT = 0.5
+GATE_WER = 0.9
+DAMAGE_MARGIN = 0.05
+RESAMPLES = 5000
+
+
+def score_skip_study(
+    rows: pd.DataFrame,
+    layer_sets: Sequence[Sequence[int]],
+    labels: Sequence[str],
+    n_layers: int,
+    positions: str,
+    seed: int,
+) -> dict[str, Any]:
+    """`baseline`, `gate`, `layers` and `intervals` of results.json from a study's rows.
+
+    `labels` are the layer sets as they stand in the rows.
+    """
+    table = _Table(rows, seed)
+    intact, swapped = table.condition("intact"), table.condition("swapped")
+    gap = swapped.nll - intact.nll
+    cuts = [table.condition("skip", label) for label in labels]
+    nll = table.bootstrap.bands(
+        _columns([cut.nll - intact.nll for cut in cuts]), intact.answer_tokens
+    )
+    wer = table.bootstrap.bands(
+        _columns([cut.errors - intact.errors for cut in cuts]), intact.reference_words
+    )
+    # Where swapping doesn't hurt there is no scale to measure damage on.
+    damage = table.bootstrap.bands(_columns([cut.nll - intact.nll for cut in cuts]), gap)
+    layers = [
+        {
+            "layer": int(label) if label.isdecimal() else label,
+            "positions": positions,
+            "wer": _ratio(cut.errors, cut.reference_words),
+            "delta_wer": wer[i].value,
+            "delta_wer_ci": _limits(wer[i]),
+            "delta_nll": nll[i].value,
+            "delta_nll_ci": _limits(nll[i]),
+            "damage": damage[i].value if gap.sum() > 0 else None,
+            "damage_ci": _limits(damage[i]) if np.isfinite(damage[i].high) else None,
+            "kl": _ratio(cut.kl, cut.answer_tokens),
+            "block_influence": _mean(cut.block_influence),
+            "angular_distance": _mean(cut.angular_distance),
+            **_error_kinds(cut),
+            # What the last block writes at speech positions is read by nobody.
+            "zero_by_construction": positions == "speech" and list(layer_sets[i]) == [n_layers - 1],
+        }
+        for i, (label, cut) in enumerate(zip(labels, cuts, strict=True))
+    ]
+    return {
+        "baseline": table.baseline(intact),
+        "gate": table.gate(intact, swapped),
+        "layers": layers,
+        "intervals": table.method(),
+        "margin": {"damage": DAMAGE_MARGIN},
+    }
+
+
+class _Table:
+    """Rows by condition, utterances in one fixed order, and their bootstrap."""
+
+    def __init__(self, rows: pd.DataFrame, seed: int):
+        self.rows = rows.assign(errors=rows.substitutions + rows.deletions + rows.insertions)
+        speakers = self.condition("intact").speaker.tolist()
+        self.bootstrap = Bootstrap(speakers, resamples=RESAMPLES, seed=seed)
+
+    def condition(self, name: str, layer: str = "") -> pd.DataFrame:
+        chosen = self.rows[(self.rows.condition == name) & (self.rows.layer == layer)]
+        return chosen.set_index("utterance").sort_index()
+
+    def baseline(self, intact: pd.DataFrame) -> dict[str, Any]:
+        wer = self.bootstrap.rate(intact.errors, intact.reference_words)
+        return {
+            "wer": wer.value,
+            "wer_ci": _limits(wer),
+            "nll": _ratio(intact.nll, intact.answer_tokens),
+            **_error_kinds(intact),
+            "reference_words": int(intact.reference_words.sum()),
+        }
+
+    def gate(self, intact: pd.DataFrame, swapped: pd.DataFrame) -> dict[str, Any]:
+        gap = self.bootstrap.ratio(swapped.nll - intact.nll, intact.answer_tokens)
+        wer = _ratio(swapped.errors, swapped.reference_words)
+        hears, reads = gap.low > GATE_NAT, wer > GATE_WER
+        reason = (
+            f"swapping the audio costs {gap.value:.2f} nat per answer token (95 % interval from "
+            f"{gap.low:.2f}; {'above' if hears else 'not above'} {GATE_NAT}), and WER on swapped "
+            f"audio is {100 * wer:.0f} % ({'above' if reads else 'not above'} "
+            f"{100 * GATE_WER:.0f} %)"
+        )
+        return {
+            "nll_intact": _ratio(intact.nll, intact.answer_tokens),
+            "nll_swapped": _ratio(swapped.nll, swapped.answer_tokens),
+            "nll_gap_ci": _limits(gap),
+            "wer_swapped": wer,
+            "passed": bool(hears and reads),
+            "reason": reason,
+        }
+
+    def method(self) -> str:
+        unit = self.bootstrap.unit
+        scope = "" if unit == "speaker" else ", so they speak of these speakers only"
+        return (
+            f"Paired bootstrap over {self.bootstrap.n_units} {unit}s ({RESAMPLES} resamples)"
+            f"{scope}; profiles over layers carry simultaneous 95 % max-t bands."
+        )
+
+
+def _columns(columns: list[pd.Series]) -> np.ndarray:
+    return np.column_stack([column.to_numpy(float) for column in columns])
+
+
+def _ratio(numerator: pd.Series, denominator: pd.Series) -> float:
+    return float(numerator.sum() / denominator.sum())
+
+
+def _mean(values: pd.Series) -> float | None:
+    return None if values.isna().all() else float(values.mean())
+
+
+def _limits(interval: Interval) -> tuple[float, float]:
+    return interval.low, interval.high
+
+
+def _error_kinds(rows: pd.DataFrame) -> dict[str, int]:
+    return {kind: int(rows[kind].sum()) for kind in ("substitutions", "deletions", "insertions")}

@@ -1,0 +1,109 @@
+"""Intervals by a paired cluster bootstrap, for one figure or for a profile over layers.
+
+Every figure here is a ratio of sums over utterances: word errors over words, nats over tokens,
+damage over the damage of deafness; a mean is the ratio with ones below. Differences are taken
+within an utterance before resampling, which makes the bootstrap paired.
+
+Whole speakers are resampled where there are at least ten. With fewer, utterances are, and the
+interval then speaks of *these* speakers only. Limits are studentised (bootstrap-t, DiCiccio and
+Efron 1996, doi:10.1214/ss/1032280214): damage is skewed, and at thirty clips and thirty layers
+bands from plain percentiles or normal errors hold the truth far too rarely. What no clip shows, no
+interval knows: a cut that harms one clip in a hundred can look harmless on thirty.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from melprobe.errors import UsageError
+
+ENOUGH_SPEAKERS = 10
+# A resample that misses the few clips that differ shows no spread, and its t would be infinite;
+# so its standard error counts as at least this share of the sample's.
+LEAST_SPREAD = 1 / 3
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """An estimate and its confidence limits: infinite where the data set none."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Bootstrap:
+    """Resamples of one list of utterances, shared by every figure computed on them.
+
+    `speakers` [N] names who speaks each utterance, "" where unknown (it then stands for itself).
+    `unit` says what is resampled, `n_units` how many there are.
+    """
+
+    def __init__(self, speakers: Sequence[str], *, resamples: int = 5000, seed: int = 0) -> None:
+        if not speakers:
+            raise UsageError("no utterances, so there is nothing to resample")
+        by_speaker = len(set(speakers) - {""}) >= ENOUGH_SPEAKERS
+        self.unit: Literal["speaker", "utterance"] = "speaker" if by_speaker else "utterance"
+        keys = [name if by_speaker and name else i for i, name in enumerate(speakers)]
+        rank = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+        self._unit_of = np.array([rank[key] for key in keys])
+        self.n_units = len(rank)
+        chances = np.full(self.n_units, 1 / self.n_units)
+        draws = np.random.default_rng(seed).multinomial(self.n_units, chances, size=resamples)
+        self._draws = draws.astype(np.float64)  # [R, units]: how often each resample holds a unit
+
+    def ratio(
+        self, numerator: ArrayLike, denominator: ArrayLike | None = None, confidence: float = 0.95
+    ) -> Interval:
+        """Σ numerator / Σ denominator, both [N], with its interval; no denominator: the mean.
+
+        Unbounded where there is one unit, or where a resample's denominator is not positive.
+        """
+        return self.bands(np.asarray(numerator)[:, None], denominator, confidence)[0]
+
+    def rate(self, counts: ArrayLike, denominator: ArrayLike) -> Interval:
+        """`ratio` of what can't be negative, such as word errors: nor can its lower limit."""
+        interval = self.ratio(counts, denominator)
+        return replace(interval, low=max(interval.low, 0.0))
+
+    def bands(
+        self, numerators: ArrayLike, denominator: ArrayLike | None = None, confidence: float = 0.95
+    ) -> list[Interval]:
+        """`ratio` for each column of [N, L], with limits that hold for all columns at once (max-t).
+
+        A column that is zero throughout has zero width and costs the others nothing.
+        """
+        above = np.asarray(numerators, np.float64)
+        below = np.ones(len(above)) if denominator is None else np.asarray(denominator, np.float64)
+        totals = np.zeros((self.n_units, above.shape[1] + 1))
+        np.add.at(totals, self._unit_of, np.column_stack((above, below)))
+        above_by_unit, below_by_unit = totals[:, :-1], totals[:, -1:]
+
+        size = below_by_unit.sum()
+        values = above_by_unit.sum(axis=0) / size if size > 0 else np.full(above.shape[1], np.nan)
+        sizes = self._draws @ below_by_unit  # [R, 1]
+        if self.n_units < 2 or (sizes <= 0).any():
+            return [Interval(float(value), -np.inf, np.inf) for value in values]
+        residuals = above_by_unit - values * below_by_unit
+        errors = _spread((residuals**2).sum(axis=0), size, self.n_units)
+        shifts = self._draws @ residuals / sizes  # [R, L]: resampled ratio - ratio
+        squares = (
+            self._draws @ residuals**2
+            - 2 * shifts * (self._draws @ (residuals * below_by_unit))
+            + shifts**2 * (self._draws @ below_by_unit**2)
+        )
+        resampled = np.maximum(_spread(squares, sizes, self.n_units), LEAST_SPREAD * errors)
+        t = np.divide(shifts, resampled, out=np.zeros_like(shifts), where=errors > 0)
+        tail = (1 - confidence) / 2
+        lows = values - np.quantile(t.max(axis=1), 1 - tail) * errors
+        highs = values - np.quantile(t.min(axis=1), tail) * errors
+        return [Interval(*map(float, row)) for row in zip(values, lows, highs, strict=True)]
+
+
+def _spread(squares: Floats, size: Floats, units: int) -> Floats:
+    """Standard error of a ratio of sums, from its summed squared residuals (linearised)."""
+    return np.sqrt(np.maximum(squares, 0.0) * units / (units - 1)) / size

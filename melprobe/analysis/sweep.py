@@ -1,0 +1,170 @@
+"""The layer-skip study: what each clip's transcript and likelihood become without a block.
+
+Batch by batch, so that the intact model's logits (for KL) are held for one batch at a time, and
+row by row into the store, so that a study which was stopped goes on.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from melprobe.analysis.wer import count_errors, normalise
+from melprobe.audio.mel import frame_count
+from melprobe.audio.patches import patch_count
+from melprobe.corpus.manifest import Utterance
+from melprobe.errors import UsageError
+from melprobe.hooks.layers import format_layers
+from melprobe.hooks.skip import BlockChange
+from melprobe.listener import Listener
+from melprobe.model.inference import AnswerScores, batches_by_length
+from melprobe.store import Key, Row, RowStore
+
+# What the text and the prompt add to a clip's patches, roughly, when batches are cut.
+_TEXT_POSITIONS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class SkipStudy:
+    """What is skipped, where, and on which clips (waves are float32, mono, 16 kHz)."""
+
+    run: str
+    utterances: Sequence[Utterance]
+    waves: Sequence[np.ndarray]
+    layer_sets: Sequence[Sequence[int]]
+    positions: str
+    max_new_tokens: int
+    batch_positions: int = 2048
+    """Padded sequence positions in a batch: bounds memory."""
+
+    def batches(self, frames_per_patch: int) -> list[list[int]]:
+        lengths = [
+            patch_count(frame_count(len(wave)), frames_per_patch) + _TEXT_POSITIONS
+            for wave in self.waves
+        ]
+        return list(batches_by_length(lengths, self.batch_positions))
+
+
+def swap_partners(utterances: Sequence[Utterance]) -> list[int]:
+    """For each clip, another one of the most similar length that says something else.
+
+    Raises UsageError when every clip says the same.
+    """
+    durations = np.array([u.duration for u in utterances])
+    said = [normalise(u.text) for u in utterances]
+    partners = []
+    for i, text in enumerate(said):
+        nearest = np.argsort(np.abs(durations - durations[i]), kind="stable")
+        other = next((int(j) for j in nearest if said[j] != text), None)
+        if other is None:
+            raise UsageError("every clip says the same: no audio can be swapped for the gate")
+        partners.append(other)
+    return partners
+
+
+def run_skip_study(
+    listener: Listener, study: SkipStudy, store: RowStore, advance: Callable[[int], None]
+) -> None:
+    """Fill `store` with the rows that are missing; `advance(n)` hears of each n rows done."""
+    done = store.done()
+    partners = swap_partners(study.utterances)
+    for batch in study.batches(listener.model.config.frames_per_patch):
+        _Batch(listener, study, batch, partners).fill(store, done, advance)
+
+
+class _Batch:
+    """One batch of clips under every condition."""
+
+    def __init__(self, listener: Listener, study: SkipStudy, batch: list[int], partners: list[int]):
+        self.listener = listener
+        self.study = study
+        self.utterances = [study.utterances[i] for i in batch]
+        self.waves = [study.waves[i] for i in batch]
+        self.swapped_waves = [study.waves[partners[i]] for i in batch]
+        self.texts = [u.text for u in self.utterances]
+
+    def fill(self, store: RowStore, done: set[Key], advance: Callable[[int], None]) -> None:
+        conditions = [("intact", ""), ("swapped", "")]
+        conditions += [("skip", format_layers(layers)) for layers in self.study.layer_sets]
+        missing = [
+            condition
+            for condition in conditions
+            if any(Key(self.study.run, *condition, u.id) not in done for u in self.utterances)
+        ]
+        advance(len(self.utterances) * (len(conditions) - len(missing)))
+        if not missing:
+            return
+        with self.listener.watch_blocks(self.study.positions) as change:
+            intact = self.listener.score(self.waves, self.texts)
+        sets = {format_layers(layers): layers for layers in self.study.layer_sets}
+        for condition, label in missing:
+            if condition == "intact":
+                rows = self._rows(condition, "", self.waves, intact, intact)
+            elif condition == "swapped":
+                scores = self.listener.score(self.swapped_waves, self.texts)
+                rows = self._rows(condition, "", self.swapped_waves, scores, intact)
+            else:
+                with self.listener.skip(sets[label], self.study.positions):
+                    scores = self.listener.score(self.waves, self.texts)
+                    rows = self._rows(condition, label, self.waves, scores, intact, change)
+            store.add(rows)
+            advance(len(rows))
+
+    def _rows(
+        self,
+        condition: str,
+        label: str,
+        waves: list[np.ndarray],
+        scores: AnswerScores,
+        intact: AnswerScores,
+        change: BlockChange | None = None,
+    ) -> list[Row]:
+        start = time.perf_counter()
+        heard = self.listener.transcribe(waves, self.study.max_new_tokens)
+        seconds = (time.perf_counter() - start) / len(waves)
+        kl = _kl_per_clip(intact, scores)
+        turned = _turned(change, label)
+        rows = []
+        for i, (u, hypothesis) in enumerate(zip(self.utterances, heard, strict=True)):
+            errors = count_errors(u.text, hypothesis)
+            rows.append(
+                Row(
+                    run=self.study.run,
+                    condition=condition,
+                    layer=label,
+                    utterance=u.id,
+                    positions=self.study.positions if label else "",
+                    speaker=u.speaker,
+                    nll=scores.nll[i].item(),
+                    answer_tokens=int(scores.tokens[i]),
+                    kl=kl[i].item(),
+                    reference=u.text,
+                    hypothesis=hypothesis,
+                    substitutions=errors.substitutions,
+                    deletions=errors.deletions,
+                    insertions=errors.insertions,
+                    reference_words=errors.reference_words,
+                    seconds=seconds,
+                    block_influence=1 - turned[0][i].item() if turned else None,
+                    angular_distance=turned[1][i].item() if turned else None,
+                )
+            )
+        return rows
+
+
+def _turned(change: BlockChange | None, label: str) -> tuple[Tensor, Tensor] | None:
+    """(B,) cosine and angle of a single block; a set of blocks has none."""
+    if change is None or not label.isdecimal():
+        return None
+    return change.cosine[int(label)][0], change.angle[int(label)][0]
+
+
+def _kl_per_clip(intact: AnswerScores, other: AnswerScores) -> Tensor:
+    """(B,) KL(intact ‖ other) summed over each clip's answer tokens, nat."""
+    p, q = intact.logits.log_softmax(-1), other.logits.log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1).clamp(min=0)  # below 0 only by rounding
+    clip = torch.repeat_interleave(intact.tokens)
+    return torch.zeros(len(intact.tokens), device=kl.device).index_add_(0, clip, kl)

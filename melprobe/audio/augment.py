@@ -1,0 +1,53 @@
+"""What training does to clips so that voices and rooms it never heard still sound familiar.
+
+Every function draws from the generator it is given, so a step's batch can be made again.
+"""
+
+import numpy as np
+import soxr
+from torch import Tensor
+
+from melprobe.audio.load import SAMPLE_RATE
+
+
+def change_speed(wave: np.ndarray, factor: float) -> np.ndarray:
+    """Play `wave` (N,) `factor` times as fast: tempo, pitch and formants move together."""
+    if abs(factor - 1) < 0.005:
+        return wave
+    return soxr.resample(wave, SAMPLE_RATE * factor, SAMPLE_RATE, quality="QQ").astype(np.float32)
+
+
+def add_noise(wave: np.ndarray, snr_db: float, rng: np.random.Generator) -> np.ndarray:
+    """Add noise of a random colour, from white to brown, at `snr_db` below the clip's power."""
+    spectrum = np.fft.rfft(rng.standard_normal(len(wave)).astype(np.float32))
+    spectrum[1:] /= np.arange(1, len(spectrum)) ** rng.uniform(0.0, 1.0)
+    noise = np.fft.irfft(spectrum, len(wave)).astype(np.float32)
+    power = float(np.mean(wave**2)) / max(float(np.mean(noise**2)), 1e-12)
+    return wave + noise * np.sqrt(power / 10 ** (snr_db / 10)).astype(np.float32)
+
+
+def spec_augment(
+    mel: Tensor,
+    lengths: Tensor,
+    rng: np.random.Generator,
+    *,
+    time_masks: int,
+    time_mask_frames: int,
+    frequency_masks: int,
+    frequency_mask_bins: int,
+) -> Tensor:
+    """Blank stripes of normalised `mel` (B, T, M) in time and frequency (Park et al. 2019).
+
+    A time mask never covers more than a fifth of a clip: a short word must survive.
+    """
+    mel = mel.clone()
+    for row, length in enumerate(lengths.tolist()):
+        for _ in range(time_masks):
+            width = int(rng.integers(0, max(1, min(time_mask_frames, length // 5)) + 1))
+            start = int(rng.integers(0, max(1, length - width)))
+            mel[row, start : start + width] = 0.0
+        for _ in range(frequency_masks):
+            width = int(rng.integers(0, frequency_mask_bins + 1))
+            start = int(rng.integers(0, mel.shape[2] - width))
+            mel[row, :, start : start + width] = 0.0
+    return mel

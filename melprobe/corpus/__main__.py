@@ -1,0 +1,48 @@
+"""`python -m melprobe.corpus build NAME`: make one of the corpora, all of which end in manifests.
+
+    asterisk  telephone prompts, one speaker (apt packages)
+    queen     the voices of a game, some 50 characters (apt package)
+    synth     sentences spoken by flite, espeak-ng and festival, with phone and word times
+    jsonl     your own manifest, checked, and its audio as 16 kHz FLAC
+    hub       a Hugging Face data set by id
+
+A corpus is then named as NAME/SPLIT wherever a manifest is wanted: `queen/test`.
+"""
+
+import argparse
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from melprobe.cache import cache_dir
+from melprobe.errors import run
+
+CORPORA = {name: f"melprobe.corpus.{name}" for name in ("asterisk", "queen", "synth", "hub")}
+CORPORA["jsonl"] = "melprobe.corpus.user"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Build the corpus that `argv` names; each corpus module has options of its own."""
+    parser = argparse.ArgumentParser(
+        prog="python -m melprobe.corpus",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("action", choices=["build"])
+    parser.add_argument("corpus", choices=list(CORPORA))
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="see build CORPUS --help")
+    args = parser.parse_args(argv)
+    module = import_module(CORPORA[args.corpus])
+    own = argparse.ArgumentParser(
+        prog=f"python -m melprobe.corpus build {args.corpus}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(own)
+    options = own.parse_args(args.options)
+    name = getattr(options, "name", None) or args.corpus
+    module.build(options, cache_dir("corpora", name).absolute())
+
+
+if __name__ == "__main__":
+    run(main)

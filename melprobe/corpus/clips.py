@@ -1,0 +1,40 @@
+"""What every corpus of recordings does: write clips as 16 kHz FLAC, and say what came of it."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from rich.console import Console
+from rich.table import Table
+
+from melprobe.audio.load import SAMPLE_RATE
+from melprobe.corpus.manifest import Utterance, write_manifest
+
+
+def clip_seconds(path: Path, wave: Callable[[], np.ndarray]) -> float:
+    """Seconds of the FLAC at `path`; it is written, from `wave()`, only if it isn't there yet."""
+    if not path.exists():
+        samples = wave()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{os.getpid()}.{path.name}")
+        # Lossy codecs overshoot full scale; the integer samples of a FLAC would wrap around.
+        soundfile.write(draft, np.clip(samples, -1, 1), SAMPLE_RATE, "PCM_16", format="FLAC")
+        draft.replace(path)
+    return soundfile.info(path).duration
+
+
+def finish(folder: Path, splits: dict[str, list[Utterance]], left_out: Iterable[str]) -> None:
+    """Write each split's manifest; print clips, minutes, speakers, and why clips were left out."""
+    table = Table("split", "clips", "minutes", "speakers", title=str(folder))
+    for split, utterances in splits.items():
+        write_manifest(folder / f"{split}.jsonl", utterances)
+        minutes = sum(u.duration for u in utterances) / 60
+        speakers = len({u.speaker for u in utterances})
+        table.add_row(split, str(len(utterances)), f"{minutes:.1f}", str(speakers))
+    console = Console()
+    console.print(table)
+    for reason, count in Counter(left_out).most_common():
+        console.print(f"left out: {count} {reason}", highlight=False)

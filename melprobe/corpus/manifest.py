@@ -1,0 +1,172 @@
+"""The one manifest that every corpus ends in: JSON lines, one utterance a line.
+
+Fields: `audio` (path relative to the manifest), `text`, `duration` (seconds), and optionally
+`speaker`, `source`, `phones` and `words` (lists of [label, start, end], seconds). Other fields are
+left unread. A corpus is a folder with one manifest per split: `train.jsonl`, `dev.jsonl`,
+`test.jsonl`. Reading a manifest does not open its audio: `melprobe.audio.load` does.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeGuard
+
+from melprobe.cache import cache_dir
+from melprobe.errors import UsageError
+
+BUILTIN = Path(__file__).parent / "builtin"
+BUILDABLE = ("asterisk", "queen", "synth", "jsonl", "hub")
+
+
+class Span(NamedTuple):
+    """A phone or a word and when it sounds, in seconds from the start of the clip."""
+
+    label: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True)
+class Utterance:
+    """One clip and what is said in it."""
+
+    id: str
+    """The manifest's relative audio path, with forward slashes; unique in its manifest."""
+    audio: Path
+    """Absolute."""
+    text: str
+    duration: float
+    """Seconds."""
+    speaker: str = ""
+    source: str = ""
+    phones: tuple[Span, ...] = ()
+    words: tuple[Span, ...] = ()
+    where: str = ""
+    """`manifest.jsonl:12`, for error messages."""
+
+
+def read_manifest(path: Path) -> list[Utterance]:
+    """Every utterance of a manifest, in its order.
+
+    Raises UsageError that names file, line and field: unreadable file, line that is not a JSON
+    object, field missing or of the wrong kind, audio listed twice, no utterance at all.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such manifest") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not a readable manifest ({error})") from None
+    utterances: list[Utterance] = []
+    line_of: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        utterance = _parse(line, path.absolute().parent, f"{path}:{number}")
+        first = line_of.setdefault(utterance.id, number)
+        if first != number:
+            raise UsageError(f"{utterance.where}: audio: {utterance.id} is already on line {first}")
+        utterances.append(utterance)
+    if not utterances:
+        raise UsageError(f"{path}: the manifest is empty")
+    return utterances
+
+
+def write_manifest(path: Path, utterances: Iterable[Utterance]) -> None:
+    """Write a manifest whole or not at all; audio paths become relative to it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = path.absolute().parent
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    with draft.open("w", encoding="utf-8") as out:
+        for utterance in utterances:
+            print(json.dumps(_record(utterance, folder), ensure_ascii=False), file=out)
+    draft.replace(path)
+
+
+def find_manifest(name: str) -> Path:
+    """The manifest that `name` means: an existing path, or CORPUS/SPLIT.
+
+    `builtin/test` is in the package, the others where `melprobe.corpus build` puts them. Raises
+    UsageError that lists what there is.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    corpora = cache_dir("corpora")
+    corpus, _, split = name.partition("/")
+    if corpus and split and "/" not in split:
+        folder = BUILTIN if corpus == "builtin" else corpora / corpus
+        if (folder / f"{split}.jsonl").is_file():
+            return folder / f"{split}.jsonl"
+    there = [f"builtin/{path.stem}" for path in sorted(BUILTIN.glob("*.jsonl"))]
+    there += [f"{path.parent.name}/{path.stem}" for path in sorted(corpora.glob("*/*.jsonl"))]
+    command = f"python -m melprobe.corpus build {corpus if corpus in BUILDABLE else 'NAME'}"
+    raise UsageError(
+        f"{name}: neither a manifest file nor a corpus; there are {', '.join(there) or 'none'};"
+        f" `{command}` builds more"
+    )
+
+
+def _parse(line: str, folder: Path, where: str) -> Utterance:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{where}: not JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise UsageError(f"{where}: not a JSON object but {type(record).__name__}")
+    audio = Path(_string(record, "audio", where))
+    duration = record.get("duration")
+    if not _is_seconds(duration) or duration == 0:
+        raise UsageError(f"{where}: duration: must be seconds above 0, not {duration!r}")
+    return Utterance(
+        id=audio.as_posix(),
+        audio=folder / audio,
+        text=_string(record, "text", where),
+        duration=float(duration),
+        speaker=_string(record, "speaker", where, default=""),
+        source=_string(record, "source", where, default=""),
+        phones=_spans(record, "phones", where),
+        words=_spans(record, "words", where),
+        where=where,
+    )
+
+
+def _string(record: dict[str, Any], field: str, where: str, default: str | None = None) -> str:
+    if field not in record and default is not None:
+        return default
+    value = record.get(field)
+    if not isinstance(value, str) or not (value.strip() or default is not None):
+        problem = f"must be a non-empty string, not {value!r}" if field in record else "is missing"
+        raise UsageError(f"{where}: {field}: {problem}")
+    return value
+
+
+def _spans(record: dict[str, Any], field: str, where: str) -> tuple[Span, ...]:
+    rows = record.get(field, [])
+    for row in rows if isinstance(rows, list) else [rows]:
+        match row:
+            case [str(), start, end] if _is_seconds(start) and _is_seconds(end) and start <= end:
+                continue
+        raise UsageError(f"{where}: {field}: must be [label, start_s, end_s] rows, not {row!r}")
+    return tuple(Span(label, float(start), float(end)) for label, start, end in rows)
+
+
+def _is_seconds(value: object) -> TypeGuard[float]:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return math.isfinite(value) and value >= 0
+
+
+def _record(utterance: Utterance, folder: Path) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "audio": Path(os.path.relpath(utterance.audio, folder)).as_posix(),
+        "text": utterance.text,
+        "duration": round(utterance.duration, 4),
+        "speaker": utterance.speaker,
+        "source": utterance.source,
+        "phones": [[span.label, span.start, span.end] for span in utterance.phones],
+        "words": [[span.label, span.start, span.end] for span in utterance.words],
+    }
+    return {field: value for field, value in record.items() if value}

@@ -1,0 +1,167 @@
+"""`python -m melprobe.evaluate MANIFEST`: word error rate with its interval, and two controls.
+
+Rows first (JSON lines, the fields of the Open ASR Leaderboard), scores from the rows. Beside the
+WER stand the WER when each clip's audio is swapped for another's (a model that hears should fail
+there) and the WER of answering with the nearest training transcript (what memory alone could do,
+choosing with the reference in hand).
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rapidfuzz.distance import Levenshtein
+from rapidfuzz.process import extractOne
+from rich.progress import Progress
+
+from melprobe.ablate import answer_limit, choose
+from melprobe.analysis.statistics import Bootstrap
+from melprobe.analysis.sweep import swap_partners
+from melprobe.analysis.wer import WordErrors, corpus_wer, count_errors, normalise
+from melprobe.audio.load import SAMPLE_RATE, load_usable
+from melprobe.corpus.manifest import Utterance, find_manifest, read_manifest
+from melprobe.errors import Parser, UsageError, run
+from melprobe.listener import load
+from melprobe.model.checkpoint import DEFAULT, find_checkpoint
+from melprobe.model.inference import batches_by_length
+
+WHISPER = "whisper-base"
+Transcriber = Callable[[list[np.ndarray]], list[str]]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Transcribe a manifest, write its rows, print its scores."""
+    p = Parser(prog="python -m melprobe.evaluate", description=__doc__)
+    p.add_argument("manifest", help="path, or name like builtin/test")
+    p.add_argument(
+        "--checkpoint", default=DEFAULT, help=f"name or folder, or {WHISPER} as the ceiling"
+    )
+    p.add_argument("--limit", type=int, default=0, help="number of utterances (0: all)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", help="cpu, cuda or cuda:N; the best there is by default")
+    p.add_argument("--batch-seconds", type=float, default=80.0, help="padded audio in a batch")
+    p.add_argument("--on-bad-audio", choices=("error", "skip"), default="error")
+    p.add_argument("--out", type=Path, help="folder for rows.jsonl and summary.json")
+    options = p.parse_args(argv)
+    chosen = choose(read_manifest(find_manifest(options.manifest)), options.limit, options.seed)
+    usable, waves, left_out = load_usable(chosen, options.on_bad_audio)
+    transcriber = make_transcriber(options.checkpoint, options.device, usable)
+    swapped = [waves[i] for i in swap_partners(usable)]
+    with Progress() as progress:
+        bar = progress.add_task("listening", total=2 * len(usable))
+        batched = Batched(transcriber, options.batch_seconds, lambda n: progress.advance(bar, n))
+        rows = make_rows(usable, waves, *batched(waves))
+        heard_swapped, _ = batched(swapped)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (options.out / "rows.jsonl").write_text(lines)
+    summary = {
+        "manifest": options.manifest,
+        "checkpoint": options.checkpoint,
+        **score(rows, [u.speaker for u in usable], options.seed),
+        "wer_swapped": corpus_wer(map(count_errors, (u.text for u in usable), heard_swapped)),
+        "left_out": left_out,
+    }
+    if options.checkpoint != WHISPER:
+        texts = training_texts(find_checkpoint(options.checkpoint))
+        summary["wer_nearest_training_transcript"] = texts and nearest_wer(usable, texts)
+    if options.out:
+        (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(json.dumps(summary, indent=2))
+
+
+class Batched:
+    """Transcribes waves in batches of like length; returns (transcripts, seconds per clip)."""
+
+    def __init__(
+        self, transcriber: Transcriber, batch_seconds: float, advance: Callable[[int], None]
+    ):
+        self.transcriber = transcriber
+        self.most = int(batch_seconds * SAMPLE_RATE)
+        self.advance = advance
+
+    def __call__(self, waves: Sequence[np.ndarray]) -> tuple[list[str], list[float]]:
+        heard, seconds = [""] * len(waves), [0.0] * len(waves)
+        for batch in batches_by_length([len(wave) for wave in waves], self.most):
+            start = time.perf_counter()
+            transcripts = self.transcriber([waves[i] for i in batch])
+            share = (time.perf_counter() - start) / len(batch)
+            for i, transcript in zip(batch, transcripts, strict=True):
+                heard[i], seconds[i] = transcript, share
+            self.advance(len(batch))
+        return heard, seconds
+
+
+def make_transcriber(checkpoint: str, device: str | None, usable: list[Utterance]) -> Transcriber:
+    """The checkpoint, or Whisper base from the packages, as a function of a batch of waves."""
+    if checkpoint == WHISPER:
+        from melprobe.model.ceiling import packaged_whisper_base, transcribe
+
+        model, processor = packaged_whisper_base()
+        return lambda waves: transcribe(waves, model, processor)
+    listener = load(checkpoint, device=device)
+    limit = answer_limit(listener, usable)
+    return lambda waves: listener.transcribe(waves, limit)
+
+
+def make_rows(
+    utterances: list[Utterance], waves: list[np.ndarray], heard: list[str], seconds: list[float]
+) -> list[dict[str, Any]]:
+    """One row an utterance, in the Open ASR Leaderboard's fields."""
+    return [
+        {
+            "audio_filepath": str(u.id),
+            "duration": len(wave) / SAMPLE_RATE,
+            "time": spent,
+            "text": u.text,
+            "pred_text": hypothesis,
+        }
+        for u, wave, hypothesis, spent in zip(utterances, waves, heard, seconds, strict=True)
+    ]
+
+
+def score(rows: list[dict[str, Any]], speakers: list[str], seed: int) -> dict[str, Any]:
+    """WER with a 95 % bootstrap interval, errors by kind, and RTFx, from rows alone."""
+    errors = [count_errors(row["text"], row["pred_text"]) for row in rows]
+    bootstrap = Bootstrap(speakers, seed=seed)
+    wer = bootstrap.rate([e.total for e in errors], [e.reference_words for e in errors])
+    return {
+        "wer": wer.value,
+        "wer_ci": [wer.low, wer.high],
+        "resampled": bootstrap.unit,
+        "utterances": len(rows),
+        "speakers": len(set(speakers)),
+        **{kind: sum(getattr(e, kind) for e in errors) for kind in WordErrors.__slots__},
+        "rtfx": sum(row["duration"] for row in rows) / sum(row["time"] for row in rows),
+    }
+
+
+def training_texts(checkpoint: Path) -> list[str]:
+    """Distinct transcripts the checkpoint was trained on; none where a corpus is not built here."""
+    data = json.loads((checkpoint / "data.json").read_text())
+    try:
+        manifests = [find_manifest(corpus["manifest"]) for corpus in data["manifests"]]
+    except UsageError as error:
+        print(f"melprobe: no nearest-transcript control: {error}", file=sys.stderr)
+        return []
+    return sorted({normalise(u.text) for path in manifests for u in read_manifest(path)})
+
+
+def nearest_wer(utterances: list[Utterance], texts: list[str]) -> float:
+    """WER of answering each utterance with the training transcript nearest to its reference."""
+    pool = [text.split() for text in texts]
+    answers = []
+    for u in utterances:
+        words = normalise(u.text).split()
+        found = extractOne(words, pool, scorer=Levenshtein.distance, processor=None)
+        answers.append(" ".join(found[0]))
+    return corpus_wer(map(count_errors, (u.text for u in utterances), answers))
+
+
+if __name__ == "__main__":
+    run(main)

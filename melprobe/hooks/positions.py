@@ -1,0 +1,114 @@
+"""Which kind each sequence position is of, also while decoding step by step.
+
+Kinds: `bos` (the first token: the attention sink), `prompt` (the words around the audio), `speech`
+(patches), `answer` (what the model writes). `text` is prompt and answer; `all` is everything, BOS
+included. A position is named after the token that stands there, not the one predicted from it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from melprobe.errors import UsageError
+from melprobe.model.modelling import MelLLMForConditionalGeneration
+
+
+class Kind(IntEnum):
+    """What stands at a position."""
+
+    PADDING = 0
+    BOS = 1
+    PROMPT = 2
+    SPEECH = 3
+    ANSWER = 4
+
+
+POSITIONS: dict[str, tuple[Kind, ...]] = {
+    "bos": (Kind.BOS,),
+    "prompt": (Kind.PROMPT,),
+    "speech": (Kind.SPEECH,),
+    "answer": (Kind.ANSWER,),
+    "text": (Kind.PROMPT, Kind.ANSWER),
+    "all": (Kind.BOS, Kind.PROMPT, Kind.SPEECH, Kind.ANSWER),
+}
+
+
+def check_positions(positions: str) -> str:
+    """The name itself, or UsageError that lists the names there are."""
+    if positions not in POSITIONS:
+        raise UsageError(f"positions {positions!r}: there are {', '.join(POSITIONS)}")
+    return positions
+
+
+def position_kinds(
+    input_ids: Tensor,
+    audio_token_id: int,
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """`Kind` of every position of a whole sequence, (B, S) int64.
+
+    `labels` (B, S) mark the answer (not -100); without them there is none yet. Padding may stand
+    on either side.
+    """
+    kinds = torch.full_like(input_ids, Kind.PROMPT)
+    kinds[input_ids == audio_token_id] = Kind.SPEECH
+    if labels is not None:
+        kinds[labels != -100] = Kind.ANSWER
+    if attention_mask is None:
+        kinds[:, 0] = Kind.BOS
+        return kinds
+    present = attention_mask.bool()
+    kinds[present & (attention_mask.long().cumsum(1) == 1)] = Kind.BOS
+    return kinds.masked_fill(~present, Kind.PADDING)
+
+
+def selected(kinds: Tensor, positions: str) -> Tensor:
+    """(B, S) bool: the positions of these kinds."""
+    chosen = torch.tensor(POSITIONS[check_positions(positions)], device=kinds.device)
+    return torch.isin(kinds, chosen)
+
+
+class PositionTracker:
+    """Knows the kinds of the positions that the running forward pass computes.
+
+    In prefill and in teacher forcing they follow from the inputs; every later decoding step
+    computes answer positions only.
+    """
+
+    def __init__(self, audio_token_id: int):
+        self.audio_token_id = audio_token_id
+        self._kinds: Tensor | None = None
+
+    @property
+    def kinds(self) -> Tensor:
+        """(B, S) for the current forward pass."""
+        if self._kinds is None:
+            raise RuntimeError("the decoder ran without the model around it: kinds are unknown")
+        return self._kinds
+
+    @contextmanager
+    def watching(self, model: MelLLMForConditionalGeneration) -> Iterator["PositionTracker"]:
+        """Follow the forward passes of `model` while the block lasts."""
+        handle = model.register_forward_pre_hook(self._note, with_kwargs=True, prepend=True)
+        try:
+            yield self
+        finally:
+            handle.remove()
+            self._kinds = None
+
+    def _note(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        input_ids = args[0] if args else kwargs.get("input_ids")
+        if input_ids is None:
+            raise ValueError("interventions find positions in input_ids; inputs_embeds has none")
+        past = kwargs.get("past_key_values")
+        if past is not None and past.get_seq_length() > 0:
+            self._kinds = torch.full_like(input_ids, Kind.ANSWER)
+            return
+        self._kinds = position_kinds(
+            input_ids, self.audio_token_id, kwargs.get("attention_mask"), kwargs.get("labels")
+        )

@@ -1,0 +1,90 @@
+"""The door to the library: a loaded Mel-LLM with its processor, ready to listen and to be cut.
+
+>>> lm = melprobe.load("mel-mini")                              # doctest: +SKIP
+>>> with lm.skip({3, 5}, positions="speech"):                   # doctest: +SKIP
+...     lm.transcribe([wave])
+"""
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from melprobe.corpus.text import plain_text
+from melprobe.errors import UsageError
+from melprobe.hooks.layers import decoder_blocks
+from melprobe.hooks.skip import BlockChange, skip, watch_blocks
+from melprobe.model import checkpoint
+from melprobe.model.inference import AnswerScores, answer_scores, transcribe
+from melprobe.model.modelling import MelLLMForConditionalGeneration
+from melprobe.model.processor import MelLLMProcessor
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """A model and its processor; every method takes and gives what a person would."""
+
+    model: MelLLMForConditionalGeneration
+    processor: MelLLMProcessor
+
+    @property
+    def n_layers(self) -> int:
+        return len(decoder_blocks(self.model))
+
+    def transcribe(self, waves: Sequence[np.ndarray], max_new_tokens: int = 64) -> list[str]:
+        """Greedy transcripts of waves (float32, mono, 16 kHz), as one batch."""
+        return transcribe(self.model, self.processor, waves, max_new_tokens)
+
+    def score(self, waves: Sequence[np.ndarray], texts: Sequence[str]) -> AnswerScores:
+        """Likelihood of each text, in plain form, given its audio, as one batch."""
+        return answer_scores(self.model, self.processor, waves, [plain_text(t) for t in texts])
+
+    def skip(
+        self, layers: Iterable[int], positions: str = "speech"
+    ) -> AbstractContextManager[None]:
+        """Skip blocks at positions inside a `with`; see `melprobe.hooks.skip`."""
+        return skip(self.model, layers, positions)
+
+    def watch_blocks(self, positions: str = "speech") -> AbstractContextManager[BlockChange]:
+        """Measure how far each block turns the residual inside a `with`."""
+        return watch_blocks(self.model, positions)
+
+
+def load(
+    name: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Listener:
+    """A checkpoint by name (`mel-mini`) or folder.
+
+    device: the first GPU, else the CPU, when not given. dtype: see `fast_dtype`.
+    """
+    place = pick_device(device)
+    model, processor = checkpoint.load(name, dtype=dtype or fast_dtype(place), device=place)
+    return Listener(model, processor)
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or the best there is; UsageError when it isn't there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"device {str(device)!r}: take cpu, cuda or cuda:N") from None
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device {place}: this torch ({torch.__version__}) sees no GPU; take cpu")
+    if place.type not in {"cpu", "cuda"}:
+        raise UsageError(f"device {place}: take cpu, cuda or cuda:N")
+    return place
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it fast (GPUs, CPUs with AMX), else float32."""
+    if device.type == "cuda" or torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16
+    return torch.float32

@@ -1,0 +1,207 @@
+"""Making, saving and strictly loading Mel-LLM checkpoints.
+
+A checkpoint is a folder of safetensors and JSON. Trained ones hold the audio front and the LoRA
+adapter only; they name their base model and the hash of its weights, and refuse another base.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from melprobe.errors import UsageError
+from melprobe.model.base import base_sha256, resolve_base
+from melprobe.model.config import MelLLMConfig
+from melprobe.model.front import match_scale
+from melprobe.model.modelling import MelLLMForConditionalGeneration
+from melprobe.model.processor import MelLLMFeatureExtractor, MelLLMProcessor
+
+ADAPTER = "adapter.safetensors"
+CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
+DEFAULT = "mel-smol"
+
+
+def create(
+    base: str,
+    feature_extractor: MelLLMFeatureExtractor,
+    *,
+    prompt: tuple[str, str] = ("", ""),
+    lora: LoraConfig | None = None,
+    **config: Any,
+) -> tuple[MelLLMForConditionalGeneration, MelLLMProcessor]:
+    """A fresh Mel-LLM over a base language model, with a new audio front and a new adapter.
+
+    config: the audio fields of `MelLLMConfig`. With an adapter (`lora`) the base is frozen.
+    """
+    folder = resolve_base(base)
+    language_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    mel_config = MelLLMConfig(
+        text_config=language_model.config,
+        n_mels=feature_extractor.feature_size,
+        base=base,
+        base_sha256=base_sha256(folder) if isinstance(folder, Path) else "",
+        **config,
+    )
+    processor = MelLLMProcessor(
+        feature_extractor, tokenizer, mel_config.frames_per_patch, before=prompt[0], after=prompt[1]
+    )
+    mel_config.audio_token_id = processor.audio_token_id
+    with torch.device("meta"):
+        model = MelLLMForConditionalGeneration(mel_config)
+    model.language_model = language_model
+    model.audio_front = type(model.audio_front)(mel_config)
+    match_scale(model.audio_front, language_model.get_input_embeddings().weight)
+    model.generation_config = language_model.generation_config
+    if lora:
+        add_lora(model, lora)
+    return model, processor
+
+
+def add_lora(model: MelLLMForConditionalGeneration, lora: LoraConfig) -> None:
+    """Put a LoRA adapter into the language model in place and freeze the rest of it."""
+    inject_adapter_in_model(lora, model.language_model)
+    for name, parameter in model.language_model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    model.lora_config = lora
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """What speech training adds to the base: audio front and LoRA tensors, by name."""
+    return {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name.startswith("audio_front.") or "lora_" in name
+    }
+
+
+def save(
+    model: MelLLMForConditionalGeneration,
+    processor: MelLLMProcessor,
+    folder: Path,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Write front and adapter (in `dtype`), config and processor; the base stays where it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {
+        name: t.detach().to("cpu", dtype).contiguous() for name, t in adapter_state(model).items()
+    }
+    save_file(state, folder / ADAPTER)
+    model.config.save_pretrained(folder)
+    settings = {
+        "feature_extractor": processor.feature_extractor.to_dict(),
+        "before": processor.before,
+        "after": processor.after,
+        "lora": _lora_fields(model.lora_config) if hasattr(model, "lora_config") else None,
+    }
+    (folder / "melprobe.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def _lora_fields(lora: LoraConfig) -> dict[str, Any]:
+    targets, layers = lora.target_modules or (), lora.layers_to_transform
+    return {
+        "r": lora.r,
+        "lora_alpha": lora.lora_alpha,
+        "target_modules": sorted(targets),
+        "layers_to_transform": layers,
+    }
+
+
+def find_checkpoint(name: str) -> Path:
+    """A checkpoint folder, by path or by its name under checkpoints/."""
+    for folder in (Path(name).expanduser(), CHECKPOINTS / name):
+        if (folder / ADAPTER).is_file():
+            return folder
+    shipped = sorted(path.parent.name for path in CHECKPOINTS.glob(f"*/{ADAPTER}"))
+    raise UsageError(
+        f"no checkpoint {name!r}; there is: {', '.join(shipped) or 'none'} "
+        f"(or a folder with {ADAPTER})"
+    )
+
+
+def load(
+    name: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    merge: bool = True,
+) -> tuple[MelLLMForConditionalGeneration, MelLLMProcessor]:
+    """Model in eval mode and processor of a checkpoint. `merge` folds LoRA into the weights."""
+    folder = find_checkpoint(str(name))
+    model = load_model(folder, merge=merge).to(device=device, dtype=dtype).eval()
+    return model, load_processor(folder, model.config)
+
+
+def load_processor(folder: Path, config: MelLLMConfig) -> MelLLMProcessor:
+    """The checkpoint's processor, with the base model's tokenizer."""
+    settings = json.loads((folder / "melprobe.json").read_text())
+    return MelLLMProcessor(
+        MelLLMFeatureExtractor(**settings["feature_extractor"]),
+        AutoTokenizer.from_pretrained(resolve_base(config.base)),
+        config.frames_per_patch,
+        before=settings["before"],
+        after=settings["after"],
+    )
+
+
+def load_model(folder: Path, *, merge: bool = False) -> MelLLMForConditionalGeneration:
+    """The checkpoint's model in float32, on its own base; every tensor must find its place.
+
+    Raises UsageError when the base's weights are not those the adapter was trained on, or when
+    tensors are missing or left over.
+    """
+    config = MelLLMConfig.from_pretrained(folder)
+    settings = json.loads((folder / "melprobe.json").read_text())
+    base = resolve_base(config.base)
+    if isinstance(base, Path) and (found := base_sha256(base)) != config.base_sha256:
+        raise UsageError(
+            f"{folder}: trained on a {config.base} whose weights hash to "
+            f"{config.base_sha256[:12]}, but {base} hashes to {found[:12]}; restore that base"
+        )
+    with torch.device("meta"):
+        model = MelLLMForConditionalGeneration(config)
+    model.language_model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.audio_front.to_empty(device="cpu")
+    model.generation_config = model.language_model.generation_config
+    if settings["lora"]:
+        add_lora(model, LoraConfig(**settings["lora"]))
+    load_adapter_state(model, load_file(folder / ADAPTER), str(folder))
+    return merge_lora(model) if merge else model
+
+
+def load_adapter_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Copy a saved adapter into `model`, or say which tensors don't fit."""
+    expected = {name: tuple(tensor.shape) for name, tensor in adapter_state(model).items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if wrong := sorted(expected.items() ^ found.items()):
+        listed = ", ".join(f"{name} {shape}" for name, shape in wrong[:4])
+        raise UsageError(
+            f"{where}: {len(wrong)} tensors missing, left over or misshapen: {listed} …"
+        )
+    model.load_state_dict(state, strict=False)
+
+
+@torch.no_grad()
+def merge_lora(model: MelLLMForConditionalGeneration) -> MelLLMForConditionalGeneration:
+    """Fold every adapter into its base weight, so that inference pays nothing for it."""
+    for name, module in list(model.language_model.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(model.language_model.get_submodule(parent), child, module.get_base_layer())
+    return model
+
+
+def lora_layer(parameter_name: str) -> int:
+    """The decoder block that a LoRA parameter belongs to."""
+    found = re.search(r"\.layers\.(\d+)\.", parameter_name)
+    if not found:
+        raise ValueError(f"{parameter_name} lies in no decoder block")
+    return int(found.group(1))

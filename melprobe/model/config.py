@@ -1,0 +1,66 @@
+"""What a Mel-LLM is made of: any causal language model, an audio front, the base it grew from."""
+
+from typing import Any, Literal, get_args
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from melprobe.audio.patches import FRAMES_PER_PATCH
+from melprobe.errors import UsageError
+
+AudioFront = Literal["linear", "conv"]
+AudioAttention = Literal["causal", "bidirectional"]
+
+
+def _require(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        listed = ", ".join(map(str, allowed))
+        raise UsageError(f"{name} is {value!r}; it must be one of: {listed}")
+
+
+class MelLLMConfig(PreTrainedConfig):
+    """Configuration of `MelLLMForConditionalGeneration`.
+
+    text_config: the decoder's own configuration (any causal LM of transformers).
+    audio_front: `linear` stacks the frames of a patch and projects them; `conv` is the light
+        convolutional subsampler of Phi-4-multimodal followed by a two-layer projection.
+    frames_per_patch: 10 ms mel frames per position: 1, 2, 4, 8 or 16 (100 to 6.25 Hz).
+    conv_channels: channels of the `conv` front.
+    audio_attention: whether patches may look ahead inside their own span.
+    audio_token_id: placeholder id that the processor puts where patches go.
+    base, base_sha256: name and weight hash of the language model that adapters sit on; empty when
+        the checkpoint holds all weights itself.
+    """
+
+    model_type = "mel_llm"
+    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012  (transformers reads a plain dict)
+
+    def __init__(
+        self,
+        text_config: PreTrainedConfig | dict[str, Any] | None = None,
+        audio_front: AudioFront = "linear",
+        n_mels: int = 80,
+        frames_per_patch: int = 8,
+        conv_channels: int = 128,
+        audio_attention: AudioAttention = "causal",
+        audio_token_id: int = -1,
+        base: str = "",
+        base_sha256: str = "",
+        **kwargs: Any,
+    ):
+        _require("audio_front", audio_front, get_args(AudioFront))
+        _require("audio_attention", audio_attention, get_args(AudioAttention))
+        _require("frames_per_patch", frames_per_patch, tuple(FRAMES_PER_PATCH.values()))
+        if isinstance(text_config, dict):
+            fields = dict(text_config)
+            text_config = AutoConfig.for_model(fields.pop("model_type", "llama"), **fields)
+        self.text_config: Any = text_config or AutoConfig.for_model("llama")
+        self.audio_front = audio_front
+        self.n_mels = n_mels
+        self.frames_per_patch = frames_per_patch
+        self.conv_channels = conv_channels
+        self.audio_attention = audio_attention
+        self.audio_token_id = audio_token_id
+        self.base = base
+        self.base_sha256 = base_sha256
+        kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
+        super().__init__(**kwargs)

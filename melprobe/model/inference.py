@@ -1,0 +1,81 @@
+"""Listening: transcripts and answer likelihoods of clips, in batches that fit.
+
+The two measurements that everything else stands on: greedy transcripts (`transcribe`) and the
+negative log-likelihood of the reference given the audio (`answer_scores`).
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from melprobe.model.modelling import MelLLMForConditionalGeneration
+from melprobe.model.processor import MelLLMProcessor
+
+
+class AnswerScores(NamedTuple):
+    """Teacher-forced likelihood of each clip's reference."""
+
+    nll: Tensor
+    """(B,) negative log-likelihood in nat, summed over the answer's tokens, end token included."""
+    tokens: Tensor
+    """(B,) number of those tokens."""
+    logits: Tensor
+    """(N, V) float32 logits of all answer tokens, clip after clip: what KL is taken between."""
+
+
+def batches_by_length(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Indices in batches of like length, longest first; padded size at most `most`.
+
+    A clip that is longer than `most` alone gets a batch of its own.
+    """
+    batch: list[int] = []
+    for index in np.argsort([-length for length in lengths], kind="stable").tolist():
+        if batch and (len(batch) + 1) * lengths[batch[0]] > most:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def transcribe(
+    model: MelLLMForConditionalGeneration,
+    processor: MelLLMProcessor,
+    waves: Sequence[np.ndarray],
+    max_new_tokens: int = 64,
+) -> list[str]:
+    """Greedy transcripts of one batch of waves (float32, mono, 16 kHz)."""
+    inputs = processor(waves).to(model.device)
+    with torch.autocast(model.device.type, enabled=False):
+        output = model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=processor.tokenizer.pad_token_id,
+        )
+    answers = output[:, inputs["input_ids"].shape[1] :]
+    return [processor.decode(answer) for answer in answers]
+
+
+@torch.no_grad()
+def answer_scores(
+    model: MelLLMForConditionalGeneration,
+    processor: MelLLMProcessor,
+    waves: Sequence[np.ndarray],
+    texts: Sequence[str],
+) -> AnswerScores:
+    """Score one batch of references under their audio."""
+    inputs = processor(waves, list(texts)).to(model.device)
+    labels = inputs["labels"]
+    logits = model(**inputs).logits.float()
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+    labelled = targets != -100
+    nll = F.cross_entropy(logits, targets[labelled], reduction="none")
+    row = labelled.nonzero()[:, 0]
+    total = torch.zeros(len(labels), dtype=nll.dtype, device=nll.device).index_add_(0, row, nll)
+    return AnswerScores(total, labelled.sum(1), logits)

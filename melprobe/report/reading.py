@@ -1,0 +1,198 @@
+"""What a run's results say, in words: outcomes, the headline, numbers as text.
+
+Pure functions of `results.json`. A block's outcome compares its whole band of normalised damage
+with the margin that was fixed beforehand; nothing is said of blocks when the gate failed.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from melprobe.report.schema import Interval, Layer, Results
+
+Outcome = Literal["costly", "spare", "open", "built-in"]
+OUTCOMES: dict[Outcome, str] = {
+    "costly": "costs",
+    "spare": "spare",
+    "open": "undecided",
+    "built-in": "zero by construction",
+}
+EACH_BLOCK = "each block in turn"
+
+
+def outcome(layer: Layer, margin: float) -> Outcome:
+    """The whole band above the margin, the whole band below it, or neither."""
+    if layer["zero_by_construction"]:
+        return "built-in"
+    if layer["damage_ci"] is None:
+        return "open"
+    low, high = layer["damage_ci"]
+    if low > margin:
+        return "costly"
+    return "spare" if high < margin else "open"
+
+
+def is_sweep(results: Results) -> bool:
+    """Each block in turn, rather than one set."""
+    return results["question"]["layers"] == EACH_BLOCK
+
+
+def by_damage(layers: Sequence[Layer]) -> list[Layer]:
+    """Most damaging first; ΔNLL orders as damage does, and exists without a gap too."""
+    return sorted(layers, key=lambda layer: layer["delta_nll"], reverse=True)
+
+
+def headline(results: Results) -> str:
+    """The answer in one sentence, from the rows of `layers` alone."""
+    where, margin = place(results), results["margin"]["damage"]
+    gate = results["gate"]
+    if not gate["passed"]:
+        return (
+            f"No claim about layers is made: {results['checkpoint']['name']} did not pass the "
+            f"listening gate (hearing the right clip is worth at least "
+            f"{number(gate['nll_gap_ci'][0])} nat per token, and it gets "
+            f"{percent(gate['wer_swapped'])} of the words wrong on swapped audio)."
+        )
+    if not results["layers"]:
+        return "No block was skipped, so there is nothing to say of layers yet."
+    if not is_sweep(results):
+        return _set_headline(results["layers"][0], where, margin)
+    groups: dict[Outcome, list[Layer]] = {kind: [] for kind in OUTCOMES}
+    for layer in by_damage(results["layers"]):
+        groups[outcome(layer, margin)].append(layer)
+    counted = groups["costly"] + groups["spare"] + groups["open"]
+    if not counted:
+        parts = [f"Nothing to find {where}"]
+    elif len(groups["open"]) == len(counted):
+        parts = [
+            f"{where.capitalize()} the data don’t decide about {names(counted)}: "
+            f"every band reaches across the margin {equals(margin)}"
+        ]
+    else:
+        parts = _costly(groups["costly"], where, margin) + _rest(groups, where, margin)
+    if groups["built-in"]:
+        verb = "cost" if len(groups["built-in"]) > 1 else "costs"
+        parts.append(
+            f"{names(groups['built-in'])} {verb} nothing by construction, which is no finding"
+        )
+    return "; ".join(parts) + "."
+
+
+def _set_headline(layer: Layer, where: str, margin: float) -> str:
+    skipped = f"Skipping {names([layer])} {where}"
+    if layer["zero_by_construction"]:
+        return f"{skipped} costs nothing by construction, which is no finding."
+    if layer["damage"] is None:
+        return f"{skipped} costs {number(layer['delta_nll'])} nat per token."
+    says = {
+        "costly": f"more than the margin of {number(margin)}, whole interval included",
+        "spare": f"less than the margin of {number(margin)}, whole interval included",
+        "open": f"undecided against the margin of {number(margin)}",
+    }[outcome(layer, margin)]
+    return (
+        f"{skipped} takes the model {number(layer['damage'])} {interval(layer['damage_ci'])} of "
+        f"the way from intact (0) to deaf (1), {says}; the word error rate moves by "
+        f"{points(layer['delta_wer'])} points to {percent(layer['wer'])}."
+    )
+
+
+def _costly(costly: Sequence[Layer], where: str, margin: float) -> list[str]:
+    if not costly:
+        return []
+    top = costly[:3]
+    values = listing([number(layer["damage"]) for layer in top])
+    scale = f"{equals(values)} on a scale from 0, intact, to 1, deaf"
+    if len(costly) > len(top):
+        return [
+            f"{where.capitalize()} {len(costly)} blocks each cost more than the margin of "
+            f"{number(margin)}, most of all {names(top, ordered=True)} ({scale})"
+        ]
+    verb = "costs" if len(costly) == 1 else "cost"
+    return [f"{where.capitalize()} {names(top, ordered=True)} {verb} most ({scale})"]
+
+
+def _rest(groups: dict[Outcome, list[Layer]], where: str, margin: float) -> list[str]:
+    spare, undecided, parts = groups["spare"], groups["open"], []
+    if spare:
+        below = f"costs less than {equals(margin)}, whole band included"
+        if groups["costly"]:
+            each = "each of " if len(spare) > 1 else ""
+            parts.append(f"{each}{names(spare)}, skipped alone, {below}")
+        elif undecided:
+            parts.append(f"{where.capitalize()} skipping any one of {names(spare)} {below}")
+        else:
+            parts.append(
+                f"No single block is needed {where}: skipping any one of {names(spare)} {below}"
+            )
+    if undecided:
+        verb = "stay" if len(undecided) > 1 else "stays"
+        parts.append(f"{names(undecided)} {verb} undecided")
+    return parts
+
+
+def place(results: Results) -> str:
+    """ "at speech positions" """
+    return f"at {results['question']['positions']} positions"
+
+
+def names(layers: Sequence[Layer], *, ordered: bool = False) -> str:
+    """ "block 29", "blocks 0, 1 and 12–28"; `ordered` keeps the order given and makes no ranges."""
+    labels = [layer["layer"] for layer in layers]
+    if any(isinstance(label, str) for label in labels):
+        return f"blocks {', '.join(label_text(label) for label in labels)}"
+    numbers = [label for label in labels if isinstance(label, int)]
+    parts = [str(n) for n in numbers] if ordered else ranges(numbers)
+    return f"block{'s' if len(labels) > 1 else ''} {listing(parts)}"
+
+
+def label_text(label: int | str) -> str:
+    """A layer or set as it is shown: "7", "3, 5–8"."""
+    return str(label).replace("-", "–").replace(",", ", ")
+
+
+def ranges(numbers: Sequence[int]) -> list[str]:
+    """[0, 1, 12, 13, 14] → ["0", "1", "12–14"]: runs of three and more become a range."""
+    runs: list[list[int]] = []
+    for n in sorted(numbers):
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return [
+        part
+        for run in runs
+        for part in ([f"{run[0]}–{run[-1]}"] if len(run) > 2 else map(str, run))
+    ]
+
+
+def listing(parts: Sequence[str]) -> str:
+    """ "a, b and c" """
+    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """Fixed digits, with a true minus sign, no "−0.00", and an en dash for None."""
+    if value is None:
+        return "–"
+    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
+
+
+def percent(value: float, digits: int = 1) -> str:
+    """0.1834 → "18.3 %", with a no-break space."""
+    return f"{number(100 * value, digits)}\N{NO-BREAK SPACE}%"
+
+
+def points(value: float) -> str:
+    """A difference of rates in percentage points, always signed."""
+    text = number(100 * value, 1)
+    return text if text.startswith("−") or text == "0.0" else f"+{text}"
+
+
+def equals(value: float | str) -> str:
+    """ "d = 0.05", kept on one line."""
+    shown = value if isinstance(value, str) else number(value)
+    return f"d\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{shown}"
+
+
+def interval(ci: Interval | None, digits: int = 2, scale: float = 1.0) -> str:
+    """ "[0.12, 0.34]" """
+    return "" if ci is None else f"[{', '.join(number(scale * end, digits) for end in ci)}]"

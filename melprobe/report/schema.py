@@ -1,0 +1,135 @@
+"""The shape of `results.json`, version 1, and its loader.
+
+Rates (WER) are fractions, not percent; nll, gaps and kl are nat per answer token; `*_ci` and
+`*_gap_ci` are [low, high]. `None` stands where a score has no meaning for that row.
+"""
+
+from pathlib import Path
+
+import pandas as pd
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from melprobe.errors import UsageError
+
+SCHEMA = 1
+Interval = tuple[float, float]
+
+
+class Question(TypedDict):
+    positions: str
+    """speech, text, prompt, answer, bos or all"""
+    layers: str
+    """"each block in turn" or a set such as "3,5-8" """
+
+
+class Checkpoint(TypedDict):
+    name: str
+    sha256: str
+    base: str
+    front: str
+    token_rate_hz: float
+    n_layers: int
+    trained_on: list[str]
+    dtype: str
+
+
+class Data(TypedDict):
+    name: str
+    n_utterances: int
+    n_speakers: int
+    seconds: float
+    sha256: str
+    note: str
+    """one line: what this data set can and can't show"""
+    left_out: list[str]
+    """one line for each recording that could not be used"""
+
+
+class Baseline(TypedDict):
+    wer: float
+    wer_ci: Interval
+    nll: float
+    substitutions: int
+    deletions: int
+    insertions: int
+    reference_words: int
+    rtfx: float
+    """seconds of audio transcribed a second"""
+
+
+class Gate(TypedDict):
+    nll_intact: float
+    nll_swapped: float
+    nll_gap_ci: Interval
+    wer_swapped: float
+    passed: bool
+    reason: str
+
+
+class Layer(TypedDict):
+    layer: int | str
+    """a block counted from 0, or a set such as "3,5-8" """
+    positions: str
+    wer: float
+    delta_wer: float
+    delta_wer_ci: Interval
+    delta_nll: float
+    delta_nll_ci: Interval
+    damage: float | None
+    damage_ci: Interval | None
+    kl: float
+    block_influence: float | None
+    angular_distance: float | None
+    substitutions: int
+    deletions: int
+    insertions: int
+    zero_by_construction: bool
+
+
+class Margin(TypedDict):
+    damage: float
+
+
+class Results(TypedDict):
+    schema: int
+    run: str
+    question: Question
+    checkpoint: Checkpoint
+    data: Data
+    n_utterances: int
+    seed: int
+    baseline: Baseline
+    gate: Gate
+    layers: list[Layer]
+    intervals: str
+    """one sentence on how the intervals were made"""
+    margin: Margin
+    versions: dict[str, str]
+    hardware: dict[str, str | int | float]
+    command: str
+    warnings: list[str]
+
+
+def load(run_dir: Path) -> tuple[Results, pd.DataFrame]:
+    """`results.json` and `rows.parquet` of a run folder; `UsageError` says what is wrong there."""
+    for name in ("results.json", "rows.parquet"):
+        if not (run_dir / name).is_file():
+            raise UsageError(
+                f"{run_dir}: no {name} there; make it with "
+                "`python -m melprobe.ablate --skip-layers --out RUN`"
+            )
+    try:
+        results = TypeAdapter(Results).validate_json((run_dir / "results.json").read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise UsageError(
+            f"{run_dir / 'results.json'}: {field}: {first['msg']}; run the study again"
+        ) from None
+    if results["schema"] != SCHEMA:
+        raise UsageError(
+            f"{run_dir / 'results.json'}: schema {results['schema']}, but this melprobe reads "
+            f"{SCHEMA}; run the study again"
+        )
+    return results, pd.read_parquet(run_dir / "rows.parquet")

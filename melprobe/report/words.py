@@ -1,0 +1,129 @@
+"""Title, question, captions and alternative texts: what a reader or a screen reader is told.
+
+Like `reading`, pure functions of `results.json`.
+"""
+
+from typing import NamedTuple
+
+from melprobe.report import reading
+from melprobe.report.reading import interval, names, number, percent, place, points
+from melprobe.report.schema import Results
+
+
+class Caption(NamedTuple):
+    title: str
+    text: str
+    alt: str
+
+
+def title(results: Results) -> str:
+    if reading.is_sweep(results):
+        return "Which layers listen?"
+    return f"Can {names(results['layers'])} be skipped?"
+
+
+PLACES = {
+    "speech": "at the positions that hold sound, and there only",
+    "text": "at the positions that hold text, prompt and answer, and there only",
+    "prompt": "at the positions of the prompt, and there only",
+    "answer": "at the positions of the answer, and there only",
+    "bos": "at the first position, and there only",
+    "all": "at every position, the first one included",
+}
+
+
+def question(results: Results) -> str:
+    """What was asked, for somebody who has not read the design."""
+    checkpoint, what = results["checkpoint"], "each block is skipped in turn"
+    if not reading.is_sweep(results):
+        who = names(results["layers"])
+        what = f"{who} are skipped together" if who.startswith("blocks") else f"{who} is skipped"
+    return (
+        f"{checkpoint['name']} reads {checkpoint['token_rate_hz']:g} patches of log-mel "
+        f"spectrogram a second with the {checkpoint['n_layers']} blocks of a language model. "
+        f"Here {what} {PLACES[results['question']['positions']]}: what stands there passes by "
+        "unchanged, can still be read from elsewhere, and stays skipped in every step of the "
+        "answer. If the transcript suffers, what was skipped was needed."
+    )
+
+
+def sample(results: Results) -> str:
+    """ "30 utterances of 1 speaker"; without the speakers where the data names none"""
+    speakers = results["data"]["n_speakers"]
+    of = f" of {speakers} speaker{'s' if speakers > 1 else ''}" if speakers else ""
+    return f"{results['n_utterances']} utterances{of}"
+
+
+def damage(results: Results) -> Caption:
+    layers, margin = results["layers"], results["margin"]["damage"]
+    top = ", ".join(
+        f"block {layer['layer']} {number(layer['damage'])}"
+        for layer in reading.by_damage(layers)[:3]
+    )
+    return Caption(
+        "What each block is worth",
+        f"Normalised damage d of skipping one block {place(results)}: 0 is the intact model, 1 a "
+        f"model that hears another clip instead. Below {margin:g}, the shaded margin, the scale is "
+        "linear, above it logarithmic. Lines are simultaneous 95 % bands over all blocks "
+        f"(n = {sample(results)}).{_built_in(results)}",
+        f"Damage of skipping each of {len(layers)} blocks, with bands. Largest: {top}. "
+        f"{reading.headline(results)}",
+    )
+
+
+def errors(results: Results) -> Caption:
+    baseline = results["baseline"]
+    worst = max(results["layers"], key=lambda layer: layer["wer"])
+    return Caption(
+        "What it does to the words",
+        "Above: the change in word error rate against the intact model "
+        f"({percent(baseline['wer'])} {interval(baseline['wer_ci'], 1, 100)}), "
+        "linear within 10 points and logarithmic beyond, with simultaneous 95 % bands; colours and "
+        "shapes as in figure 1. Below: what the errors are. Many insertions mean that the answer "
+        "ran in a loop "
+        f"(n = {sample(results)}, {baseline['reference_words']} reference words).",
+        f"Change in word error rate and kinds of errors for each skipped block. Highest word error "
+        f"rate: {percent(worst['wer'])} without block {worst['layer']}; intact model "
+        f"{percent(baseline['wer'])}.",
+    )
+
+
+def similarity(results: Results) -> Caption:
+    least = min(results["layers"], key=lambda layer: layer["block_influence"] or 0.0)
+    return Caption(
+        "Would similarity have told?",
+        "Two scores that need no skipping, each against the measured damage: block influence "
+        "(1 − the mean cosine between what enters and what leaves the block) and angular distance "
+        f"(the same angle in half turns), both {place(results)} of the intact model. Only the "
+        "measured damage is evidence. The four most damaging blocks are numbered "
+        f"(n = {sample(results)}).",
+        "Two scatter plots of damage against block influence and against angular distance, one "
+        f"mark for each block. The lowest block influence is that of block {least['layer']}, whose "
+        f"damage is {number(least['damage'])}.",
+    )
+
+
+def scale(results: Results) -> Caption:
+    layer, baseline = results["layers"][0], results["baseline"]
+    who = names([layer])
+    return Caption(
+        "Between intact and deaf",
+        f"Above: normalised damage d of skipping {who} {place(results)}, with its 95 % interval; "
+        f"the margin of {results['margin']['damage']:g} is shaded. Below: what the errors are, "
+        "beside the total when the model hears another clip (outlined) "
+        f"(n = {sample(results)}, {baseline['reference_words']} reference words).",
+        f"Damage of skipping {who}: {number(layer['damage'])} {interval(layer['damage_ci'])} "
+        f"between intact, 0, and deaf, 1. Word error rate {percent(baseline['wer'])} intact, "
+        f"{percent(layer['wer'])} ({points(layer['delta_wer'])} points) with the skip, "
+        f"{percent(results['gate']['wer_swapped'])} on swapped audio.",
+    )
+
+
+def _built_in(results: Results) -> str:
+    layers = [layer for layer in results["layers"] if layer["zero_by_construction"]]
+    if not layers:
+        return ""
+    return (
+        f" The small open circle is zero by construction: what {names(layers)} writes there is "
+        "read by nobody."
+    )

@@ -1,0 +1,177 @@
+"""Recipes: everything that decides a training run, in one YAML file checked before any work.
+
+Any field can be overridden on the command line (`--optim.lr 3e-4`).
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from peft import LoraConfig
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from melprobe.audio.mel import Normalisation
+from melprobe.errors import UsageError
+from melprobe.model.config import AudioAttention, AudioFront
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Lora(_Strict):
+    rank: Annotated[int, Field(ge=1)] = 16
+    alpha: float | None = None
+    """Scale numerator; twice the rank when not given (the paper: r = 320, alpha = 640)."""
+    layers: tuple[int, ...] | None = None
+    """Blocks that get an adapter; all when not given."""
+    targets: tuple[str, ...] = (
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    )
+    """Linear layers of a block that get one."""
+
+    def to_peft(self) -> LoraConfig:
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha or 2 * self.rank,
+            target_modules=list(self.targets),
+            layers_to_transform=None if self.layers is None else list(self.layers),
+        )
+
+
+class Model(_Strict):
+    base: str = "smollm2-135m"
+    """`smollm2-135m`, `mini-base`, a folder, or a hub id."""
+    front: AudioFront = "linear"
+    conv_channels: int = 128
+    frames_per_patch: Literal[1, 2, 4, 8, 16] = 8
+    audio_attention: AudioAttention = "causal"
+    normalisation: Normalisation = "utterance"
+    f_max: Annotated[float, Field(gt=500, le=8000)] = 7690.0
+    """Upper edge of the mel bank in Hz; the lowest bandwidth among the corpora."""
+    prompt: tuple[str, str] = ("", "")
+    """Text before and after the audio."""
+    lora: Lora | None = Lora()
+    """None tunes the whole language model."""
+    init: str | None = None
+    """A checkpoint whose front and adapter to start from."""
+
+
+class Corpus(_Strict):
+    manifest: str
+    """Path, or name like `queen/train`."""
+    repeat: Annotated[int, Field(ge=1)] = 1
+    """How often an epoch reads it."""
+
+
+class Stage(_Strict):
+    steps: Annotated[int, Field(ge=1)]
+    max_seconds: Annotated[float, Field(gt=0.1)] = 20.0
+    """Longer clips are left out of this stage: short clips teach the alignment first."""
+
+
+class Data(_Strict):
+    train: tuple[Corpus, ...]
+    dev: tuple[str, ...]
+    test: tuple[str, ...] = ()
+    """Test manifests: no training text may be near-equal to one of theirs."""
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    batch_seconds: Annotated[float, Field(gt=1)] = 80.0
+    dev_clips: Annotated[int, Field(ge=1)] = 48
+    """Clips taken from each dev manifest, spread evenly."""
+    workers: Annotated[int, Field(ge=0)] = 1
+
+
+class Augment(_Strict):
+    speed: tuple[float, float] = (1.0, 1.0)
+    """Resampling factor: changes tempo and pitch together."""
+    noise_probability: Annotated[float, Field(ge=0, le=1)] = 0.0
+    noise_snr_db: tuple[float, float] = (10.0, 40.0)
+    time_masks: Annotated[int, Field(ge=0)] = 0
+    time_mask_frames: Annotated[int, Field(ge=1)] = 12
+    frequency_masks: Annotated[int, Field(ge=0)] = 0
+    frequency_mask_bins: Annotated[int, Field(ge=1)] = 12
+    """SpecAugment (Park et al. 2019) without time warping."""
+
+
+class Optim(_Strict):
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    front_lr: float | None = None
+    """Learning rate of the audio front; `lr` when not given."""
+    warmup: Annotated[int, Field(ge=0)] = 100
+    schedule: Literal["cosine", "linear"] = "cosine"
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip: float = 1.0
+    accumulate: Annotated[int, Field(ge=1)] = 1
+
+
+class _Run(_Strict):
+    out: Path
+    seed: int = 0
+    precision: Literal["no", "bf16"] = "bf16"
+    compile: bool = False
+    """torch.compile the decoder blocks: needs a C++ compiler and a minute, then halves the time."""
+    optim: Optim = Optim()
+    log_every: Annotated[int, Field(ge=1)] = 20
+    evaluate_every: Annotated[int, Field(ge=1)] = 250
+    save_minutes: float = 3.0
+    """How often the state to resume from is written."""
+
+
+class SpeechRecipe(_Run):
+    """Train a Mel-LLM to transcribe."""
+
+    task: Literal["speech"] = "speech"
+    model: Model = Model()
+    data: Data
+    augment: Augment = Augment()
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.data.stages)
+
+
+class TextRecipe(_Run):
+    """Pretrain a small decoder on sentences and on copying them."""
+
+    task: Literal["text"]
+    steps: Annotated[int, Field(ge=1)]
+    sentences: tuple[str, ...]
+    """Text files (one sentence a line), `wordnet`, `words`, or `manifest:NAME`."""
+    vocabulary: int = 1024
+    layers: int = 10
+    width: int = 192
+    heads: int = 6
+    kv_heads: int = 3
+    feed_forward: int = 512
+    batch_tokens: int = 4096
+    copy_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of examples that repeat a text: the circuit that transcribing will use."""
+
+
+Recipe = SpeechRecipe | TextRecipe
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Parse and check a recipe file; UsageError names the field."""
+    try:
+        fields = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UsageError(
+            f"{path}: not a readable YAML recipe ({error})".replace("\n", " ")
+        ) from None
+    if not isinstance(fields, dict):
+        raise UsageError(f"{path}: a recipe is a mapping of fields")
+    kind = TextRecipe if fields.get("task") == "text" else SpeechRecipe
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise UsageError(f"{path}: {describe(error)}") from None
+
+
+def describe(error: ValidationError) -> str:
+    """A validation error in one line: every field, and what is wrong with it."""
+    parts = [f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors()]
+    return "; ".join(parts)

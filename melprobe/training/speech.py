@@ -1,0 +1,102 @@
+"""The speech task: a Mel-LLM that learns to write down what it reads off a spectrogram."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import BatchFeature
+
+from melprobe.analysis.wer import corpus_wer, count_errors
+from melprobe.audio.load import load_utterance
+from melprobe.corpus.text import plain_text
+from melprobe.model import checkpoint
+from melprobe.model.inference import answer_scores, transcribe
+from melprobe.model.processor import MelLLMFeatureExtractor
+from melprobe.training.data import dev_clips, load_corpora, speech_loader
+from melprobe.training.recipe import SpeechRecipe
+
+# Longer answers don't occur in the corpora's short clips; a looping model is cut here.
+_MAX_NEW_TOKENS = 40
+
+
+class SpeechTask:
+    """A Mel-LLM, its training batches and its development clips."""
+
+    def __init__(self, recipe: SpeechRecipe):
+        self.recipe = recipe
+        settings = recipe.model
+        extractor = MelLLMFeatureExtractor(
+            f_max=settings.f_max, normalisation=settings.normalisation
+        )
+        torch.manual_seed(recipe.seed)
+        self.utterances, self.dropped = load_corpora(recipe.data)
+        self.model, self.processor = checkpoint.create(
+            settings.base,
+            extractor,
+            prompt=settings.prompt,
+            lora=settings.lora.to_peft() if settings.lora else None,
+            audio_front=settings.front,
+            frames_per_patch=settings.frames_per_patch,
+            conv_channels=settings.conv_channels,
+            audio_attention=settings.audio_attention,
+        )
+        if settings.init:
+            start = checkpoint.find_checkpoint(settings.init)
+            state = load_file(start / checkpoint.ADAPTER)
+            checkpoint.load_adapter_state(self.model, state, str(start))
+        if recipe.precision == "bf16" and settings.lora:
+            _frozen_linears_to_bf16(self.model)
+        self.dev = {
+            name: [(load_utterance(u), u.text) for u in clips]
+            for name, clips in dev_clips(recipe.data.dev, recipe.data.dev_clips).items()
+        }
+
+    def batches(self, start: int) -> Iterable[tuple[int, BatchFeature]]:
+        recipe = self.recipe
+        return speech_loader(
+            self.utterances, self.processor, recipe.data, recipe.augment, recipe.seed, start
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """Per dev manifest: NLL per answer token, the same with another clip's audio, and WER."""
+        measured: dict[str, float] = {}
+        losses = []
+        for name, clips in self.dev.items():
+            waves, texts = [w for w, _ in clips], [t for _, t in clips]
+            targets = [plain_text(t) for t in texts]
+            intact = answer_scores(self.model, self.processor, waves, targets)
+            swapped = answer_scores(self.model, self.processor, waves[1:] + waves[:1], targets)
+            tokens = intact.tokens.sum()
+            heard = transcribe(self.model, self.processor, waves, _MAX_NEW_TOKENS)
+            errors = [count_errors(t, h) for t, h in zip(texts, heard, strict=True)]
+            losses.append((intact.nll.sum() / tokens).item())
+            measured[f"{name}:nll"] = losses[-1]
+            measured[f"{name}:nll_swapped"] = (swapped.nll.sum() / tokens).item()
+            measured[f"{name}:wer"] = corpus_wer(errors)
+        return {"dev_loss": sum(losses) / len(losses), **measured}
+
+    def save(self, folder: Path, log: list[dict[str, Any]]) -> None:
+        checkpoint.save(self.model, self.processor, folder)
+        (folder / "recipe.json").write_text(self.recipe.model_dump_json(indent=2) + "\n")
+        (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+        data = {
+            "manifests": [corpus.model_dump() for corpus in self.recipe.data.train],
+            "dropped_as_leaks": self.dropped,
+            "utterances_per_epoch": len(self.utterances),
+            "hours_per_epoch": round(sum(u.duration for u in self.utterances) / 3600, 2),
+            "speakers": len({u.speaker for u in self.utterances}),
+        }
+        (folder / "data.json").write_text(json.dumps(data, indent=2) + "\n")
+
+
+def _frozen_linears_to_bf16(model: nn.Module) -> None:
+    """Hold frozen matrices in the precision that autocast would cast them to at every step."""
+    for name, module in model.named_modules():
+        # lm_head is tied to the embedding, which stays float32.
+        frozen = isinstance(module, nn.Linear) and not module.weight.requires_grad
+        if frozen and not name.endswith("lm_head"):
+            module.to(torch.bfloat16)

@@ -1,0 +1,214 @@
+"""The report says what the rows say, stands alone, and is the same bytes every time."""
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from synthetic_run import sweep_damages, synthetic_layer, synthetic_results, write_run
+
+from melprobe.errors import UsageError
+from melprobe.report import examples, reading
+from melprobe.report.__main__ import main
+from melprobe.report.html import render
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """A rendered sweep; read only."""
+    run = write_run(tmp_path_factory.mktemp("sweep"), synthetic_results(sweep_damages()))
+    return run, render(run).read_text()
+
+
+def plain(text: str) -> str:
+    return text.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def as_set(damage: float, **changes):
+    results = synthetic_results(sweep_damages())
+    results["question"]["layers"] = "3,5-8"
+    nothing = {"block_influence": None, "angular_distance": None}
+    rng = np.random.default_rng(0)
+    results["layers"] = [synthetic_layer("3,5-8", damage, rng, **nothing, **changes)]
+    return results
+
+
+def test_headline_names_the_costly_the_spare_the_undecided_and_the_built_in():
+    text = plain(reading.headline(synthetic_results(sweep_damages())))
+    assert "most of all blocks 0, 11 and 1 (d = 1.12, 0.90 and 0.62" in text
+    assert "each of blocks 17–28, skipped alone, costs less than d = 0.05" in text
+    assert "blocks 10 and 12–16 stay undecided" in text
+    assert text.endswith("block 29 costs nothing by construction, which is no finding.")
+
+
+def test_headline_with_one_costly_block():
+    text = plain(reading.headline(synthetic_results([0.001, 0.5, 0.002, 0.003, 0.0])))
+    assert text.startswith("At speech positions block 1 costs most (d = 0.50")
+    assert "each of blocks 0, 2 and 3, skipped alone, costs less" in text
+
+
+def test_headline_when_all_lie_within_the_margin_does_not_count_the_built_in():
+    text = plain(reading.headline(synthetic_results([0.004] * 9 + [0.0])))
+    assert text.startswith("No single block is needed at speech positions")
+    assert "any one of blocks 0–8 costs less than d = 0.05" in text
+    assert "block 9 costs nothing by construction, which is no finding" in text
+
+
+def test_headline_when_nothing_is_decided():
+    text = plain(reading.headline(synthetic_results([0.05] * 4 + [0.0])))
+    assert text.startswith("At speech positions the data don’t decide about blocks 0–3")
+
+
+def test_headline_when_only_the_built_in_was_skipped():
+    results = synthetic_results([0.0])
+    assert plain(reading.headline(results)) == (
+        "Nothing to find at speech positions; "
+        "block 0 costs nothing by construction, which is no finding."
+    )
+
+
+def test_headline_makes_no_claim_when_the_gate_failed():
+    text = plain(reading.headline(synthetic_results(sweep_damages(), passed=False)))
+    assert text.startswith("No claim about layers is made: synthetic-smol did not pass")
+    assert "block" not in text
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (0.31, "more than the margin of 0.05"),
+        (0.01, "less than the margin of 0.05"),
+        (0.05, "undecided against the margin of 0.05"),
+    ],
+)
+def test_headline_of_a_set(damage, says):
+    text = plain(reading.headline(as_set(damage)))
+    assert text.startswith("Skipping blocks 3, 5–8 at speech positions") and says in text
+
+
+def test_headline_of_a_set_that_is_zero_by_construction():
+    text = reading.headline(as_set(0.0, zero_by_construction=True))
+    assert text.endswith("costs nothing by construction, which is no finding.")
+
+
+def test_ranges_and_numbers():
+    assert reading.ranges([9, 0, 1, 12, 13, 14]) == ["0", "1", "9", "12–14"]
+    assert reading.number(-0.0001) == "0.00" and reading.number(-1.5) == "−1.50"
+    assert reading.points(0.05) == "+5.0" and reading.points(-0.05) == "−5.0"
+    assert reading.number(None) == "–"
+
+
+def test_rebuilt_without_torch_the_page_is_the_same_bytes(sweep):
+    run, page = sweep
+    code = (
+        "import sys; from melprobe.report.__main__ import main; main(sys.argv[1:]); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(run)], check=True, capture_output=True)
+    assert (run / "report.html").read_text() == page
+
+
+class Page(HTMLParser):
+    """Collects what the tests ask about."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.unnamed: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        held = dict(attrs)
+        self.tags.append(tag)
+        self.loads += [held[name] for name in ("src", "href", "xlink:href") if name in held]
+        self.ids += [held["id"]] if "id" in held else []
+        self.links += [held["href"][1:]] if held.get("href", "").startswith("#") else []
+        if tag in ("img", "svg", "audio") and not (
+            held.get("aria-label") or held.get("alt") or held.get("aria-hidden") == "true"
+        ):
+            self.unnamed.append(self.get_starttag_text())
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ["sweep", "quiet", "set", "failed", "empty"])
+def test_every_page_stands_alone_and_every_picture_has_words(kind, tmp_path):
+    results = {
+        "sweep": synthetic_results(sweep_damages()),
+        "quiet": synthetic_results([0.004] * 3 + [0.0]),
+        "set": as_set(0.31),
+        "failed": synthetic_results(sweep_damages(), passed=False),
+        "empty": synthetic_results([0.0]) | {"layers": []},
+    }[kind]
+    text = render(write_run(tmp_path, results)).read_text()
+    page = Page(text)
+    assert all(load.startswith(("data:", "#")) for load in page.loads)
+    assert not re.search(r"url\((?!#|data:)", text) and "@import" not in text
+    assert page.unnamed == []
+    assert len(page.ids) == len(set(page.ids))
+    assert set(page.links) <= set(page.ids)
+    assert len(text) < 8_000_000
+    gate = "failed" if kind == "failed" else "passed"
+    assert f"Listening gate {gate}" in text
+    assert text.index(f"Listening gate {gate}") < text.index('class="headline"')
+    figures = {"sweep": 3, "quiet": 3, "set": 1}.get(kind, 0)
+    assert page.tags.count("figure") == figures
+    assert page.tags.count("audio") == examples.MOST_EXAMPLES
+
+
+def test_a_failed_gate_shows_no_outcomes(tmp_path):
+    results = synthetic_results(sweep_damages(), passed=False)
+    text = render(write_run(tmp_path, results)).read_text()
+    assert "no claim about layers is made" in text
+    assert 'class="map"' not in text and ">outcome<" not in text
+
+
+def test_markup_in_data_is_shown_as_text(tmp_path):
+    evil = "<script>alert(1)</script> & \"quotes\" 'too'"
+    results = as_set(0.31)
+    results["warnings"] = results["data"]["left_out"] = [evil]
+    results["data"]["note"] = results["checkpoint"]["name"] = results["command"] = evil
+    text = render(write_run(tmp_path, results, reference=evil)).read_text()
+    assert "<script>alert" not in text
+    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 5
+    assert Page(text).tags.count("script") == 1
+
+
+def test_word_differences():
+    assert examples.difference("Please hold the line.", "please told the old line") == [
+        ("same", "please", ""),
+        ("wrong", "told", "hold"),
+        ("same", "the", ""),
+        ("added", "old", ""),
+        ("same", "line", ""),
+    ]
+    assert examples.difference("one two", "two") == [("missing", "one", ""), ("same", "two", "")]
+    assert examples.difference("one", "") == [("missing", "one", "")]
+    assert examples.difference("", "one") == [("added", "one", "")]
+    assert examples.difference("", "") == []
+
+
+def test_a_clip_stays_inside_the_run_folder(tmp_path):
+    assert examples.clip_path(tmp_path, "../a/b.wav") == tmp_path / "audio" / "..__a__b.flac"
+
+
+def test_missing_or_odd_runs_are_usage_errors(sweep, tmp_path):
+    with pytest.raises(UsageError, match=r"no results\.json there; make it with"):
+        main([str(tmp_path)])
+    run, _ = sweep
+    good = json.loads((run / "results.json").read_text())
+    (tmp_path / "rows.parquet").write_bytes((run / "rows.parquet").read_bytes())
+    bad = copy.deepcopy(good)
+    del bad["gate"]["passed"]
+    (tmp_path / "results.json").write_text(json.dumps(bad))
+    with pytest.raises(UsageError, match=r"gate\.passed: Field required"):
+        render(tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps(good | {"schema": 2}))
+    with pytest.raises(UsageError, match="schema 2, but this melprobe reads 1"):
+        render(tmp_path)

@@ -1,0 +1,193 @@
+"""Facts that skipping a block must satisfy, against rebuilt models and independent tools."""
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from melprobe.errors import UsageError
+from melprobe.hooks.layers import decoder_blocks, format_layers, parse_layers
+from melprobe.hooks.positions import Kind, position_kinds, selected
+from tests.tiny import N_LAYERS, tiny_listener, waves, without_layer
+
+TEXTS = ["please hold", "the new number three", "one"]
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return tiny_listener()
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return waves(1.0, 0.7, 1.3)
+
+
+def logits(lm, clips):
+    return lm.score(clips, TEXTS).logits
+
+
+def greedy_ids(lm, clips, **options):
+    inputs = lm.processor(clips)
+    return lm.model.generate(
+        **inputs, do_sample=False, max_new_tokens=12, min_new_tokens=12, **options
+    )
+
+
+@pytest.mark.parametrize("layer", range(N_LAYERS))
+def test_skipping_a_block_everywhere_equals_the_model_without_it(lm, clips, layer):
+    smaller = without_layer(lm, layer)
+    with lm.skip({layer}, positions="all"):
+        assert torch.equal(logits(lm, clips), logits(smaller, clips))
+        assert torch.equal(greedy_ids(lm, clips), greedy_ids(smaller, clips))
+
+
+def test_the_empty_skip_is_the_baseline_bit_for_bit(lm, clips):
+    plain = logits(lm, clips)
+    with lm.skip(set(), positions="all"):
+        assert torch.equal(logits(lm, clips), plain)
+
+
+@pytest.mark.parametrize("positions", ["bos", "prompt", "speech", "answer", "text", "all"])
+def test_each_kind_of_position_changes_the_answer_and_leaving_restores_it(lm, clips, positions):
+    plain = logits(lm, clips)
+    with lm.skip({0}, positions):
+        assert not torch.equal(logits(lm, clips), plain)
+    assert torch.equal(logits(lm, clips), plain)
+
+
+def test_an_exception_restores_the_model(lm, clips):
+    plain = logits(lm, clips)
+    with pytest.raises(KeyError), lm.skip({1, 2}):
+        raise KeyError
+    assert torch.equal(logits(lm, clips), plain)
+    assert not lm.model._forward_pre_hooks
+    assert not any(block._forward_hooks for block in decoder_blocks(lm.model))
+
+
+@pytest.mark.parametrize("positions", ["speech", "text", "all"])
+@pytest.mark.parametrize("layers", [{0}, {1, 3}])
+def test_cached_decoding_equals_uncached_under_skipping(lm, clips, positions, layers):
+    with lm.skip(layers, positions):
+        cached = greedy_ids(lm, clips)
+        assert torch.equal(cached, greedy_ids(lm, clips, use_cache=False))
+
+
+def test_cached_decoding_equals_teacher_forcing_under_skipping(lm, clips):
+    """The kinds that decoding infers step by step are those that labels spell out."""
+    inputs = lm.processor(clips)
+    with lm.skip({1}, positions="text"):
+        ids = greedy_ids(lm, clips)
+        n_prompt = inputs["input_ids"].shape[1]
+        labels = torch.full_like(ids, -100)
+        labels[:, n_prompt:] = ids[:, n_prompt:]
+        mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids[:, n_prompt:])], 1)
+        features = {k: v for k, v in inputs.items() if "feature" in k}
+        forced = lm.model(input_ids=ids, attention_mask=mask, labels=labels, **features).logits
+    assert torch.equal(forced.argmax(-1), ids[:, n_prompt:].flatten())
+
+
+def test_what_the_last_block_writes_at_speech_positions_is_read_by_nobody(lm, clips):
+    plain = logits(lm, clips)
+    with lm.skip({N_LAYERS - 1}, positions="speech"):
+        assert torch.equal(logits(lm, clips), plain)
+
+
+def test_a_planted_identity_block_costs_exactly_nothing(lm, clips):
+    planted = copy.deepcopy(lm.model)
+    block = decoder_blocks(planted)[2]
+    nn.init.zeros_(block.self_attn.o_proj.weight)
+    nn.init.zeros_(block.mlp.down_proj.weight)
+    planted = type(lm)(planted, lm.processor)
+    plain = logits(planted, clips)
+    for positions in ("speech", "text", "all"):
+        with planted.skip({2}, positions):
+            assert torch.equal(logits(planted, clips), plain)
+
+
+def test_nested_skips_add_up(lm, clips):
+    with lm.skip({1}), lm.skip({2}):
+        nested = logits(lm, clips)
+    with lm.skip({1, 2}):
+        assert torch.equal(logits(lm, clips), nested)
+
+
+def test_a_skipped_position_is_still_read_through_its_unchanged_input(lm, clips):
+    """By hand: run blocks in a loop, and put h_l back at speech positions after block 1."""
+    inputs = lm.processor(clips, TEXTS)
+    decoder = lm.model.get_decoder()
+    kinds = position_kinds(
+        inputs["input_ids"], lm.processor.audio_token_id, inputs["attention_mask"], inputs["labels"]
+    )
+    speech = selected(kinds, "speech")[..., None]
+    grabbed = {}
+
+    def grab(module, args, kwargs):
+        grabbed.setdefault("hidden", args[0])
+        grabbed.setdefault("kwargs", kwargs)
+
+    handle = decoder.layers[0].register_forward_pre_hook(grab, with_kwargs=True)
+    lm.model(**inputs)
+    handle.remove()
+    hidden = grabbed["hidden"]
+    for number, block in enumerate(decoder.layers):
+        output = block(hidden, **grabbed["kwargs"])
+        hidden = torch.where(speech, hidden, output) if number == 1 else output
+    expected = lm.model.get_output_embeddings()(decoder.norm(hidden))
+    targets = inputs["labels"][:, 1:] != -100
+    with lm.skip({1}):
+        assert torch.equal(lm.model(**inputs).logits, expected[:, :-1][targets])
+
+
+def test_skip_equals_nnsights_to_zero(lm, clips):
+    nnsight = pytest.importorskip("nnsight")
+    inputs = lm.processor(clips, TEXTS)
+    kinds = position_kinds(
+        inputs["input_ids"], lm.processor.audio_token_id, inputs["attention_mask"], inputs["labels"]
+    )
+    speech = selected(kinds, "speech")[..., None]
+    other = nnsight.NNsight(copy.deepcopy(lm.model))
+    with other.trace(**inputs):
+        block = other.language_model.model.layers[1]
+        before = block.input
+        block.output = torch.where(speech, before, block.output)
+        theirs = other.output.logits.save()
+    with lm.skip({1}):
+        assert torch.equal(lm.model(**inputs).logits, theirs)
+
+
+def test_positions_are_named_after_the_token_that_stands_there():
+    ids = torch.tensor([[9, 0, 7, 7, 5, 6, 1], [0, 7, 5, 6, 1, 9, 9]])
+    mask = (ids != 9).long()
+    labels = torch.where((ids == 6) | (ids == 1), ids, -100)
+    kinds = position_kinds(ids, 7, mask, labels)
+    p, b, t, s, a = Kind.PADDING, Kind.BOS, Kind.PROMPT, Kind.SPEECH, Kind.ANSWER
+    assert kinds.tolist() == [[p, b, s, s, t, a, a], [b, s, t, a, a, p, p]]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("3,9", "blocks 0 to 3"),
+        ("", "'' is not a number"),
+        ("2-1", "runs backwards"),
+        ("a", "'a' is not a number"),
+    ],
+)
+def test_bad_layers_say_what_there_is(text, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        parse_layers(text, N_LAYERS)
+
+
+def test_layers_are_parsed_and_written_alike():
+    assert parse_layers("3,0-1", N_LAYERS) == [0, 1, 3]
+    assert format_layers([3, 5, 6, 7, 8, 1]) == "1,3,5-8"
+
+
+def test_unknown_positions_and_layers_are_refused(lm):
+    with pytest.raises(UsageError, match="speech, answer, text, all"), lm.skip({0}, "vowels"):
+        pass
+    with pytest.raises(UsageError, match="blocks 0 to 3"), lm.skip({4}):
+        pass
