@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import soundfile
 import torch
+from rich.console import Console
 from rich.progress import Progress
 
 from melprobe.analysis.damage import score_skip_study
@@ -82,12 +83,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         positions=options.positions,
         max_new_tokens=answer_limit(listener, usable),
     )
+    labels = [format_layers(layers) for layers in sets]
     settings = {
         "run": study.run,
         "checkpoint": file_sha256(checkpoint / ADAPTER),
         "data": file_sha256(manifest),
         "utterances": [u.id for u in usable],
-        "layers": [format_layers(s) for s in sets],
+        "layers": labels,
         "positions": options.positions,
         "seed": options.seed,
         "max_new_tokens": study.max_new_tokens,
@@ -95,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "device": listener.model.device.type,
     }
     with RowStore(out / "rows.sqlite", settings) as store:
-        with Progress() as progress:
+        with Progress(console=Console(stderr=True)) as progress:
             bar = progress.add_task("skipping", total=len(usable) * (2 + len(sets)))
             run_skip_study(listener, study, store, lambda n: progress.update(bar, advance=n))
         store.export_parquet(out / "rows.parquet")
@@ -108,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "data": describe_data(options.data, manifest, usable, waves, left_out),
         "n_utterances": len(usable),
         **score_skip_study(
-            rows, sets, settings["layers"], n_layers, options.positions, options.seed
+            rows, labels, options.positions, unread_block(listener, options.positions), options.seed
         ),
         **provenance(
             seed=options.seed, command=["python -m melprobe.ablate", *map(shlex.quote, words)]
@@ -127,6 +129,13 @@ def layer_sets(text: str, n_layers: int) -> list[list[int]]:
     if text == EACH_BLOCK:
         return [[layer] for layer in range(n_layers)]
     return [parse_layers(text, n_layers)]
+
+
+def unread_block(listener: Listener, positions: str) -> str | None:
+    """The last block, at speech positions: a prompt follows them, so no answer is read off them."""
+    if positions == "speech" and listener.processor.after:
+        return str(listener.n_layers - 1)
+    return None
 
 
 def choose(utterances: list[Utterance], limit: int, seed: int) -> list[Utterance]:

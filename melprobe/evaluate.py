@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import extractOne
+from rich.console import Console
 from rich.progress import Progress
 
 from melprobe.ablate import answer_limit, choose
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     usable, waves, left_out = load_usable(chosen, options.on_bad_audio)
     transcriber = make_transcriber(options.checkpoint, options.device, usable)
     swapped = [waves[i] for i in swap_partners(usable)]
-    with Progress() as progress:
+    with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("listening", total=2 * len(usable))
         batched = Batched(transcriber, options.batch_seconds, lambda n: progress.advance(bar, n))
         rows = make_rows(usable, waves, *batched(waves))

@@ -209,11 +209,14 @@ def test_a_corpus_has_true_times_and_goes_on_after_a_stop(tmp_path: Path) -> Non
             assert abs(loud[0] - utterance.phones[0].start) < 0.15
             assert abs(loud[-1] - utterance.phones[-1].end) < 0.15
 
+    clips = {path: path.read_bytes() for path in sorted(out.glob("audio/*/*.flac"))}
     (out / "parts" / "test-0000.jsonl").unlink()
-    untouched = (out / "audio" / "train" / "00000.flac").stat().st_mtime_ns
+    (out / "audio" / "test" / "00001.flac").unlink()
     (out / "test.jsonl").unlink()
-    synth.build(args, out)
+    untouched = (out / "audio" / "train" / "00000.flac").stat().st_mtime_ns
+    synth.build(args, tmp_path / "synth")
     assert {path: path.read_bytes() for path in sorted(out.glob("*.jsonl"))} == finished
+    assert {path: path.read_bytes() for path in sorted(out.glob("audio/*/*.flac"))} == clips
     assert (out / "audio" / "train" / "00000.flac").stat().st_mtime_ns == untouched
     with pytest.raises(UsageError, match="was begun with other arguments"):
-        synth.build(arguments("--n", "31", "--jobs", "1"), out)
+        synth.build(arguments("--n", "31", "--jobs", "1"), tmp_path / "synth")

@@ -21,15 +21,15 @@ RESAMPLES = 5000
 
 def score_skip_study(
     rows: pd.DataFrame,
-    layer_sets: Sequence[Sequence[int]],
     labels: Sequence[str],
-    n_layers: int,
     positions: str,
+    unread: str | None,
     seed: int,
 ) -> dict[str, Any]:
     """`baseline`, `gate`, `layers` and `intervals` of results.json from a study's rows.
 
-    `labels` are the layer sets as they stand in the rows.
+    `labels` are the layer sets as they stand in the rows. `unread` is the one whose output at the
+    study's positions nobody reads, so that its zero is no finding; None when there is none.
     """
     table = _Table(rows, seed)
     intact, swapped = table.condition("intact"), table.condition("swapped")
@@ -58,8 +58,7 @@ def score_skip_study(
             "block_influence": _mean(cut.block_influence),
             "angular_distance": _mean(cut.angular_distance),
             **_error_kinds(cut),
-            # What the last block writes at speech positions is read by nobody.
-            "zero_by_construction": positions == "speech" and list(layer_sets[i]) == [n_layers - 1],
+            "zero_by_construction": label == unread,
         }
         for i, (label, cut) in enumerate(zip(labels, cuts, strict=True))
     ]

@@ -1,7 +1,7 @@
 """`python -m melprobe.corpus build NAME`: make one of the corpora, all of which end in manifests.
 
     asterisk  telephone prompts, one speaker (apt packages)
-    queen     the voices of a game, some 50 characters (apt package)
+    queen     the voices of a game, some 30 characters (apt package)
     synth     sentences spoken by flite, espeak-ng and festival, with phone and word times
     jsonl     your own manifest, checked, and its audio as 16 kHz FLAC
     hub       a Hugging Face data set by id
@@ -12,7 +12,6 @@ A corpus is then named as NAME/SPLIT wherever a manifest is wanted: `queen/test`
 import argparse
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 
 from melprobe.cache import cache_dir
 from melprobe.errors import run

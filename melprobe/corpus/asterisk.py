@@ -30,7 +30,7 @@ SHARES = {"test": 0.22, "dev": 0.08, "train": 0.70}
 VERY_LONG_SECONDS = 20.0
 BUILTIN = {"test": (40, 3), "train": (60, 2)}
 """Clips of the built-in set, and the fewest words of each."""
-BUILTIN_SECONDS = (0.8, 5.0)
+BUILTIN_SECONDS = (0.8, 4.2)
 
 _STAGE_NOTE = re.compile(r"\[[^]]*\]|<[^>]*>|\([^)]*\)")
 _SAID = {"*": "star", "#": "pound"}
@@ -135,8 +135,8 @@ def split(utterances: list[Utterance]) -> dict[str, list[Utterance]]:
     long prompt go to train: one of them would be a quarter of the test's words.
     """
     members: dict[int, list[Utterance]] = {}
-    for utterance, cluster in zip(utterances, clusters([u.text for u in utterances]), strict=True):
-        members.setdefault(cluster, []).append(utterance)
+    for utterance, number in zip(utterances, clusters([u.text for u in utterances]), strict=True):
+        members.setdefault(number, []).append(utterance)
     splits: dict[str, list[Utterance]] = {"train": [], "dev": [], "test": []}
     for long in (True, False):
         group = [c for c in members.values() if (len(c[0].text.split()) >= 3) == long]

@@ -14,15 +14,19 @@ from melprobe.audio.load import SAMPLE_RATE
 from melprobe.corpus.manifest import Utterance, write_manifest
 
 
+def write_clip(path: Path, wave: np.ndarray) -> None:
+    """Write float32 [N] at 16 kHz as FLAC, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{os.getpid()}.{path.name}")
+    # Lossy codecs overshoot full scale, and the integer samples of a FLAC would wrap around.
+    soundfile.write(draft, np.clip(wave, -1, 1), SAMPLE_RATE, "PCM_16", format="FLAC")
+    draft.replace(path)
+
+
 def clip_seconds(path: Path, wave: Callable[[], np.ndarray]) -> float:
     """Seconds of the FLAC at `path`; it is written, from `wave()`, only if it isn't there yet."""
     if not path.exists():
-        samples = wave()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{os.getpid()}.{path.name}")
-        # Lossy codecs overshoot full scale; the integer samples of a FLAC would wrap around.
-        soundfile.write(draft, np.clip(samples, -1, 1), SAMPLE_RATE, "PCM_16", format="FLAC")
-        draft.replace(path)
+        write_clip(path, wave())
     return soundfile.info(path).duration
 
 

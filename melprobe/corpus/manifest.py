@@ -54,24 +54,14 @@ def read_manifest(path: Path) -> list[Utterance]:
     Raises UsageError that names file, line and field: unreadable file, line that is not a JSON
     object, field missing or of the wrong kind, audio listed twice, no utterance at all.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such manifest") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not a readable manifest ({error})") from None
     utterances: list[Utterance] = []
-    line_of: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        utterance = _parse(line, path.absolute().parent, f"{path}:{number}")
-        first = line_of.setdefault(utterance.id, number)
-        if first != number:
-            raise UsageError(f"{utterance.where}: audio: {utterance.id} is already on line {first}")
+    where_is: dict[str, str] = {}
+    for where, record in read_records(path):
+        utterance = parse_record(record, path.absolute().parent, where)
+        first = where_is.setdefault(utterance.id, where)
+        if first != where:
+            raise UsageError(f"{where}: audio: {utterance.id} is already at {first}")
         utterances.append(utterance)
-    if not utterances:
-        raise UsageError(f"{path}: the manifest is empty")
     return utterances
 
 
@@ -109,13 +99,32 @@ def find_manifest(name: str) -> Path:
     )
 
 
-def _parse(line: str, folder: Path, where: str) -> Utterance:
+def read_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(`file:line`, JSON object) of each line. Raises UsageError as `read_manifest` does."""
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{where}: not JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise UsageError(f"{where}: not a JSON object but {type(record).__name__}")
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such manifest") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not a readable manifest ({error})") from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{path}:{number}: not JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise UsageError(f"{path}:{number}: not a JSON object but {type(record).__name__}")
+        records.append((f"{path}:{number}", record))
+    if not records:
+        raise UsageError(f"{path}: the manifest is empty")
+    return records
+
+
+def parse_record(record: dict[str, Any], folder: Path, where: str) -> Utterance:
+    """One line's utterance; `folder` is the manifest's. Raises UsageError that names the field."""
     audio = Path(_string(record, "audio", where))
     duration = record.get("duration")
     if not _is_seconds(duration) or duration == 0:

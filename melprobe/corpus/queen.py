@@ -9,6 +9,7 @@ accent or a room's echo. What it cannot know: where an actor departed from the w
 
 import argparse
 import hashlib
+import re
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -26,8 +27,14 @@ from melprobe.errors import UsageError
 
 BANK = Path("/usr/share/scummvm/flight-of-the-amazon-queen/queen.1c")
 LETTERS_A_SECOND = (4, 30)
+PAUSE_SECONDS = 0.8
+"""What the slowest clips may hold besides speech; a plain "No." takes 0.7 s."""
 HELD_OUT_SCENES = {"test-scenes": 300, "dev": 250}
 """Splits of whole scenes, and the clips at which one is full."""
+LARGEST_HELD_OUT = 60
+"""Clips of a family, at most, so that several characters are among the held-out scenes."""
+_FAMILY = re.compile(r"queen:(C\d+|[A-Z]+)\w*\.(?:DOG|CUT)")
+"""Scenes of one family (HENRY and HENRY2, C20A and C20B) repeat each other's lines."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +64,7 @@ def build(args: argparse.Namespace, out: Path) -> None:
         text = words_of(line)
         slowest, fastest = LETTERS_A_SECOND
         letters = len(plain_text(text).replace(" ", ""))
-        if not slowest * seconds <= letters <= fastest * seconds:
+        if not slowest * (seconds - PAUSE_SECONDS) <= letters <= fastest * seconds:
             left_out.append("too long or too short for their text")
             continue
         speaker = str(ROLES[line.speaker])
@@ -90,21 +97,24 @@ def choose_lines(bank: Bank) -> tuple[list[Line], list[str]]:
 
 
 def split(utterances: list[Utterance]) -> tuple[dict[str, list[Utterance]], int]:
-    """Splits by artist and scene, and how many clips leaked and were dropped from train and dev."""
+    """Splits by artist and family of scenes; how many clips leaked into train and dev, and went."""
     splits: dict[str, list[Utterance]] = {name: [] for name in ("train", "dev", "test")}
-    scenes: dict[str, list[Utterance]] = defaultdict(list)
+    families: dict[str, list[Utterance]] = defaultdict(list)
     for utterance in utterances:
+        family = _FAMILY.match(utterance.source)
         if utterance.speaker.split(" as ")[0] in HELD_OUT:
             splits["test"].append(utterance)
+        elif family:
+            families[family[1]].append(utterance)
         else:
-            scenes[utterance.source].append(utterance)
-    order = sorted(scenes, key=lambda scene: hashlib.sha256(scene.encode()).hexdigest())
-    order = [scene for scene in order if scene.endswith((".DOG", ".CUT"))]
+            splits["train"].append(utterance)
+    order = sorted(families, key=lambda family: hashlib.sha256(family.encode()).hexdigest())
+    small = [family for family in order if len(families[family]) <= LARGEST_HELD_OUT]
     for name, enough in HELD_OUT_SCENES.items():
         splits[name] = []
-        while order and len(splits[name]) < enough:
-            splits[name] += scenes.pop(order.pop(0))
-    splits["train"] = [u for scene in scenes.values() for u in scene]
+        while small and len(splits[name]) < enough:
+            splits[name] += families.pop(small.pop(0))
+    splits["train"] += [u for family in families.values() for u in family]
     tests = splits["test"] + splits["test-scenes"]
     splits["dev"], from_dev = without_leaks(splits["dev"], tests)
     splits["train"], from_train = without_leaks(splits["train"], splits["dev"] + tests)

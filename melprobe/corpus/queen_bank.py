@@ -37,7 +37,7 @@ class Line(NamedTuple):
     """Name of the `.SB` entry, without ending."""
     text: str
     speaker: str
-    """As the game names the person: `Joe King`, a `.DOG` file's stem or an object's name, or empty."""
+    """As the game names the person: `Joe King`, a `.DOG` file's stem, an object's name, or none."""
     scene: str
     """The file with the text."""
 

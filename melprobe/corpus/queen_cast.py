@@ -11,7 +11,7 @@ from typing import NamedTuple
 from melprobe.corpus.queen_bank import COMIC, PLAYER, Line
 from melprobe.corpus.text import plain_text
 
-CAST = {
+CAST: dict[str, dict[str, tuple[str, ...]]] = {
     "Brad Lavelle": {PLAYER: (PLAYER,), "Commander Rocket's comic": (COMIC,)},
     "Tom Hill": {
         "Sparky": ("SPARKY", "Sparky"),
@@ -60,11 +60,10 @@ HELD_OUT = ("Penelope Keith", "Barry James", "Jessica Martin")
 
 # Grunts, barking, a mouth full of food, and an invented language.
 _WORDLESS = {"APE.DOG", "DOG.DOG", "SPARKY8.DOG", "TALLPYG.DOG", "CHIEF4.DOG", "WITCH4.DOG"}
-_NOISES = set(
-    "ungh ungha ungana pootan pootani choonaga oof ow yow oop garoop oot eep argh urgh ugh bah err"
-    " er um ummm hmm hmmm mmm tee hee ha har woof wooof ruff aroof rowr whoop grr squawk sqwawk"
-    " squark warrk aark yech yum smash bleep budda glub zap wham pow boing sigh gulp hack koff"
-    " crunch sneeze al max ack till".split()
+_NOISES = re.compile(
+    r"un?gh(a|ana)?|pootani?|choonaga|(ka)?chunga|oo+f|y?ow|oo+[pt]|garoop|eep|u?ar+gh|urgh|bah"
+    r"|er+|u+m+|hm+|[th]ee|ha|har|woo+f|ruff|aroof|rowr|whoop|grr+|squ?w?a[wr]k|wa+rr?k|aark"
+    r"|smash|bleep|budda|glub|gulp"
 )
 _CONSONANTS_ONLY = re.compile(r"[^aeiouy\d']{3,}")
 _DRAWN_OUT = re.compile(r"(.)\1\1")
@@ -97,7 +96,7 @@ def words_of(line: Line) -> str:
     text = " ".join(text.split()).removeprefix("...")
     words = plain_text(text).split()
     noises = sum(
-        word in _NOISES or bool(_CONSONANTS_ONLY.fullmatch(word) or _DRAWN_OUT.search(word))
+        bool(_NOISES.fullmatch(word) or _CONSONANTS_ONLY.fullmatch(word) or _DRAWN_OUT.search(word))
         for word in words
     )
     return "" if 2 * noises >= len(words) or "#" in text else text.strip()

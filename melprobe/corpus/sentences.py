@@ -56,7 +56,7 @@ def read_sentences(text: str) -> list[str]:
         lines = wordnet_examples()
     elif text.startswith("manifest:"):
         path = find_manifest(text.removeprefix("manifest:"))
-        if path.stem in {"dev", "test"}:
+        if path.stem.startswith(("dev", "test")):
             raise UsageError(f"{path}: speak a training split, not {path.stem}")
         lines = [utterance.text for utterance in read_manifest(path)]
     elif Path(text).is_file():

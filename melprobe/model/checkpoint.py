@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -172,8 +173,16 @@ def load_model(folder: Path, *, merge: bool = False) -> MelLLMForConditionalGene
     model.generation_config = model.language_model.generation_config
     if settings["lora"]:
         add_lora(model, LoraConfig(**settings["lora"]))
-    load_adapter_state(model, load_file(folder / ADAPTER), str(folder))
+    load_adapter_state(model, read_adapter(folder), str(folder))
     return merge_lora(model) if merge else model
+
+
+def read_adapter(folder: Path) -> dict[str, Tensor]:
+    """The saved tensors of an adapter checkpoint."""
+    try:
+        return load_file(folder / ADAPTER)
+    except SafetensorError as error:
+        raise UsageError(f"{folder / ADAPTER}: damaged ({error}); fetch it again") from None
 
 
 def load_adapter_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:

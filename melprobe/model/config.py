@@ -62,5 +62,6 @@ class MelLLMConfig(PreTrainedConfig):
         self.audio_token_id = audio_token_id
         self.base = base
         self.base_sha256 = base_sha256
-        kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
+        tied = getattr(self.text_config, "tie_word_embeddings", False)
+        kwargs.setdefault("tie_word_embeddings", tied)
         super().__init__(**kwargs)

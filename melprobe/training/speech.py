@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import BatchFeature
 
@@ -46,8 +45,7 @@ class SpeechTask:
         )
         if settings.init:
             start = checkpoint.find_checkpoint(settings.init)
-            state = load_file(start / checkpoint.ADAPTER)
-            checkpoint.load_adapter_state(self.model, state, str(start))
+            checkpoint.load_adapter_state(self.model, checkpoint.read_adapter(start), str(start))
         if recipe.precision == "bf16" and settings.lora:
             _frozen_linears_to_bf16(self.model)
         self.dev = {

@@ -1,0 +1,98 @@
+"""`build hub`: a data set of the Hugging Face hub by its id, streamed, as a corpus like the others.
+
+Audio is decoded by libsndfile from the data set's bytes, not by `datasets`, whose decoder needs
+libraries that are often missing. A folder of parquet files can be named in place of an id.
+"""
+
+import argparse
+import re
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import track
+
+from melprobe.audio.load import BadAudio, decode_wave
+from melprobe.corpus.clips import clip_seconds, finish
+from melprobe.corpus.manifest import Utterance
+from melprobe.errors import UsageError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `build hub`."""
+    add = parser.add_argument
+    add("dataset", help="id, such as openslr/librispeech_asr")
+    add("--name", required=True, help="what to call the corpus")
+    add("--config", help="the data set's configuration, where it has several")
+    add("--split", default="test", help="default %(default)s")
+    add("--audio-column", default="audio", help="default %(default)s")
+    add("--text-column", default="text", help="default %(default)s")
+    add("--speaker-column", help="default: no speakers")
+    add("--limit", type=int, help="take only so many rows; default: all")
+
+
+def build(args: argparse.Namespace, out: Path) -> None:
+    """Write 16 kHz FLAC and a manifest of the rows with audio and text.
+
+    Raises UsageError: no network or no such data set, missing columns, `datasets` not installed.
+    """
+    utterances: list[Utterance] = []
+    left_out: list[str] = []
+    # Named by what they are rows of: a rebuild takes existing files for the same rows.
+    source = [args.dataset, args.config or "", args.split, args.audio_column]
+    folder = re.sub(r"\W+", "-", " ".join(source)).strip("-")
+    rows = track(islice(_rows(args), args.limit), f"streaming {args.dataset}", total=args.limit)
+    for number, row in enumerate(rows):
+        text = str(row[args.text_column] or "").strip()
+        if not text:
+            left_out.append("without text")
+            continue
+        path = out / "audio" / folder / f"{number:06d}.flac"
+        name = f"{args.dataset} {args.split} row {number}"
+        try:
+            seconds = clip_seconds(path, partial(_wave, row[args.audio_column], name))
+        except BadAudio as error:
+            left_out.append(f"bad audio, such as {error}")
+            continue
+        speaker = str(row[args.speaker_column]) if args.speaker_column else ""
+        utterances.append(
+            Utterance(path.name, path, text, seconds, speaker, source=f"hub:{args.dataset}")
+        )
+    if not utterances:
+        raise UsageError(f"{args.dataset}: no usable row in split {args.split}")
+    finish(out, {args.split: utterances}, left_out)
+
+
+def _rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The data set's rows with undecoded audio, after the first was checked for its columns."""
+    try:
+        from datasets import Audio, load_dataset
+        from datasets.exceptions import DatasetNotFoundError
+    except ImportError:
+        raise UsageError(
+            "the hub is read by `datasets`: install it with `pip install 'melprobe[corpora]'`"
+        ) from None
+    wanted = [c for c in (args.audio_column, args.text_column, args.speaker_column) if c]
+    try:
+        data = load_dataset(args.dataset, args.config, split=args.split, streaming=True)
+        columns = list(data.features or next(iter(data.take(1)), {}))
+        if missing := [column for column in wanted if column not in columns]:
+            raise UsageError(
+                f"{args.dataset}: no column {', '.join(missing)}; there are {', '.join(columns)}:"
+                " name them with --audio-column, --text-column, --speaker-column"
+            )
+        yield from data.select_columns(wanted).cast_column(args.audio_column, Audio(decode=False))
+    except (DatasetNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"{args.dataset}, split {args.split}: not readable ({reason}); is the id right, and"
+            " the network up?"
+        ) from None
+
+
+def _wave(audio: dict[str, Any], name: str) -> np.ndarray:
+    data = audio["bytes"] if audio["bytes"] is not None else Path(audio["path"]).read_bytes()
+    return decode_wave(data, name)

@@ -1,0 +1,245 @@
+"""The commands as a user runs them: ablate, evaluate, transcribe; good input and bad."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+import torch
+from transformers import LlamaForCausalLM
+
+from melprobe import ablate, bench, evaluate, transcribe
+from melprobe.analysis.sweep import swap_partners
+from melprobe.analysis.wer import count_errors
+from melprobe.corpus.manifest import Utterance, write_manifest
+from melprobe.errors import UsageError
+from melprobe.model import checkpoint
+from melprobe.report.html import render
+from melprobe.training.recipe import Lora
+from tests.tiny import N_LAYERS, WORDS, tiny_config, tiny_listener, waves
+
+N = 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An untrained adapter checkpoint in `model`, and a manifest of noise with texts."""
+    place = tmp_path_factory.mktemp("commands")
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_config().text_config).save_pretrained(place / "base")
+    lm = tiny_listener()
+    lm.processor.tokenizer.save_pretrained(place / "base")
+    model, processor = checkpoint.create(
+        str(place / "base"),
+        lm.processor.feature_extractor,
+        prompt=("", "<|answer|>"),
+        lora=Lora(rank=2).to_peft(),
+    )
+    torch.nn.init.normal_(model.audio_front.projection.weight, std=0.05)
+    checkpoint.save(model, processor, place / "model")
+    corpora = {"manifests": [{"manifest": str(place / "train.jsonl"), "repeat": 1}]}
+    (place / "model" / "data.json").write_text(json.dumps(corpora))
+    utterances = []
+    for i, wave in enumerate(waves(*np.linspace(0.4, 0.9, N))):
+        path = place / f"{i}.flac"
+        soundfile.write(path, wave, 16_000)
+        text = f"{WORDS[i]} {WORDS[i + 1]} please"
+        utterances.append(Utterance(path.name, path, text, len(wave) / 16_000, "noise"))
+    write_manifest(place / "data.jsonl", utterances)
+    write_manifest(place / "train.jsonl", utterances[:1])
+    return place
+
+
+@pytest.fixture(scope="module")
+def sweep(folder):
+    ablate.main(arguments(folder, "--skip-layers", "--out", str(folder / "run")))
+    return folder / "run"
+
+
+def arguments(folder, *words):
+    return [
+        *words,
+        *("--checkpoint", str(folder / "model"), "--data", str(folder / "data.jsonl")),
+        *("--dtype", "float32", "--device", "cpu"),
+    ]
+
+
+def results(run):
+    return json.loads((run / "results.json").read_text())
+
+
+def test_the_sweep_has_a_row_for_each_condition_and_utterance(sweep):
+    rows = pd.read_parquet(sweep / "rows.parquet")
+    assert len(rows) == N * (2 + N_LAYERS)
+    assert rows.groupby(["condition", "layer"]).utterance.nunique().eq(N).all()
+    intact = rows[rows.condition == "intact"]
+    assert (intact.kl == 0).all()
+    for row in rows.itertuples():
+        errors = count_errors(row.reference, row.hypothesis)
+        assert row.substitutions == errors.substitutions and row.insertions == errors.insertions
+
+
+def test_scores_follow_from_the_rows(sweep):
+    rows, found = pd.read_parquet(sweep / "rows.parquet"), results(sweep)
+    nll = rows.groupby(["condition", "layer"]).nll.sum()
+    tokens = rows[rows.condition == "intact"].answer_tokens.sum()
+    intact, swapped = nll["intact", ""], nll["swapped", ""]
+    assert found["gate"]["nll_intact"] == pytest.approx(intact / tokens)
+    for layer in found["layers"]:
+        lost = nll["skip", str(layer["layer"])] - intact
+        assert layer["delta_nll"] == pytest.approx(lost / tokens)
+        low, high = layer["delta_nll_ci"]
+        assert low <= layer["delta_nll"] <= high
+        if swapped > intact:
+            assert layer["damage"] == pytest.approx(lost / (swapped - intact))
+
+
+def test_the_last_block_at_speech_positions_costs_exactly_nothing_and_says_why(sweep):
+    *others, last = results(sweep)["layers"]
+    assert last["delta_nll"] == 0 and last["kl"] == 0 and last["delta_wer"] == 0
+    assert last["zero_by_construction"] and not any(o["zero_by_construction"] for o in others)
+    assert all(other["kl"] > 0 for other in others)
+
+
+def test_an_untrained_model_does_not_pass_the_listening_gate(sweep):
+    assert results(sweep)["gate"]["passed"] is False
+    assert (sweep / "report.html").stat().st_size < 8e6
+
+
+def test_a_stopped_study_goes_on_and_ends_the_same(folder, sweep, monkeypatch):
+    out = folder / "resumed" / sweep.name  # rows carry the run's name
+    command = arguments(folder, "--skip-layers", "--out", str(out))
+    written = []
+    add = ablate.RowStore.add
+
+    def stop_after_three(store, rows):
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(add(store, rows))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ablate.RowStore, "add", stop_after_three)
+        with pytest.raises(KeyboardInterrupt):
+            ablate.main(command)
+    ablate.main(command)
+    same = ["condition", "layer", "utterance", "nll", "kl", "hypothesis"]
+    whole, resumed = (pd.read_parquet(run / "rows.parquet")[same] for run in (sweep, out))
+    pd.testing.assert_frame_equal(whole, resumed)
+
+
+def test_a_finished_study_is_not_computed_again(folder, sweep, monkeypatch):
+    monkeypatch.setattr(ablate.RowStore, "add", lambda *_: pytest.fail("computed again"))
+    ablate.main(arguments(folder, "--skip-layers", "--out", str(sweep)))
+
+
+def test_the_report_is_rebuilt_byte_for_byte(sweep):
+    first = (sweep / "report.html").read_bytes()
+    assert render(sweep).read_bytes() == first
+
+
+def test_a_set_of_layers_is_one_condition(folder):
+    ablate.main(arguments(folder, "--skip-layers", "0,2-3", "--out", str(folder / "set")))
+    (layer,) = results(folder / "set")["layers"]
+    assert layer["layer"] == "0,2-3" and layer["block_influence"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--skip-layers", "2,9"], "layers 9: this model has blocks 0 to 3"),
+        (["--skip-layers", ""], "is not a number"),
+        (["--skip-layers", "--positions", "vowels"], "there are bos, prompt, speech"),
+        (["--skip-layers", "--checkpoint", "mel-maxi"], "no checkpoint 'mel-maxi'; there is"),
+        (["--skip-layers", "--data", "nowhere/test"], "nowhere/test"),
+        (["--skip-layers", "--limit", "-1"], "--limit -1"),
+        (["--skip-layers", "--device", "abacus"], "device 'abacus': take cpu, cuda"),
+        ([], "the following arguments are required: --skip-layers"),
+    ],
+)
+def test_bad_input_to_ablate_is_one_line(folder, words, message):
+    command = arguments(folder)
+    for flag in ("--checkpoint", "--data", "--device"):
+        if flag in words:
+            at = command.index(flag)
+            del command[at : at + 2]
+    with pytest.raises(UsageError) as error:
+        ablate.main([*words, *command, "--out", str(folder / "bad")])
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (folder / "bad").exists()
+
+
+def test_other_settings_in_the_same_folder_are_refused(folder, sweep):
+    with pytest.raises(UsageError, match="positions"):
+        ablate.main(arguments(folder, "--skip-layers", "--positions", "text", "--out", str(sweep)))
+
+
+def test_bad_audio_is_named_or_left_out_and_listed(folder, capsys):
+    broken = folder / "broken"
+    shutil.copytree(
+        folder, broken, ignore=shutil.ignore_patterns("run", "set", "resumed", "broken")
+    )
+    (broken / "2.flac").write_bytes(b"this is no audio")
+    command = arguments(broken, "--skip-layers", "1", "--out", str(broken / "run"))
+    with pytest.raises(UsageError, match=r"data.jsonl:3: .*2.flac: not audio"):
+        ablate.main(command)
+    ablate.main([*command, "--on-bad-audio", "skip"])
+    found = results(broken / "run")
+    assert found["n_utterances"] == N - 1
+    (reason,) = found["data"]["left_out"]
+    assert "2.flac" in reason and "not audio" in reason
+    assert "2.flac" in (broken / "run" / "report.html").read_text()
+
+
+def test_swapped_clips_say_something_else_and_are_of_like_length(folder):
+    utterances = [
+        Utterance(str(i), folder, text, d)
+        for i, (text, d) in enumerate([("one", 1.0), ("One!", 1.01), ("two", 1.2), ("three", 9.0)])
+    ]
+    assert swap_partners(utterances) == [2, 2, 1, 2]
+    with pytest.raises(UsageError, match="every clip says the same"):
+        swap_partners(utterances[:2])
+
+
+def test_evaluate_writes_rows_first_and_scores_from_them(folder, capsys):
+    evaluate.main(
+        [
+            str(folder / "data.jsonl"),
+            "--checkpoint",
+            str(folder / "model"),
+            "--out",
+            str(folder / "e"),
+        ]
+    )
+    summary = json.loads(capsys.readouterr().out)
+    rows = [json.loads(line) for line in (folder / "e" / "rows.jsonl").read_text().splitlines()]
+    assert [set(row) for row in rows] == [
+        {"audio_filepath", "duration", "time", "text", "pred_text"}
+    ] * N
+    errors = [count_errors(row["text"], row["pred_text"]) for row in rows]
+    words = sum(e.reference_words for e in errors)
+    assert summary["wer"] == pytest.approx(sum(e.total for e in errors) / words)
+    assert summary["wer_ci"][0] <= summary["wer"] <= summary["wer_ci"][1]
+    # One training text, "the press please": every other clip shares a word or two with it.
+    assert 0 < summary["wer_nearest_training_transcript"] < 1
+
+
+def test_transcribe_prints_one_line_a_file(folder, capsys):
+    files = [str(folder / "0.flac"), str(folder / "1.flac")]
+    transcribe.main([*files, "--checkpoint", str(folder / "model"), "--max-new-tokens", "4"])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["audio_filepath"] for row in rows] == files
+    assert [row["duration"] for row in rows] == [0.4, 0.5]
+
+
+def test_transcribe_names_a_missing_file(folder):
+    with pytest.raises(UsageError, match=r"nothing.wav"):
+        transcribe.main(["nothing.wav", "--checkpoint", str(folder / "model")])
+
+
+def test_the_mel_bench_prints_what_it_promises(capsys):
+    bench.main(["mel", "--json"])
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["max_error"] < 1e-3
+    assert figures["ratio_transformers"] > 1

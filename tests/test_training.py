@@ -1,0 +1,170 @@
+"""Training: recipes are checked, batches are reproducible, and a killed run ends the same."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import yaml
+from transformers import LlamaForCausalLM
+
+from melprobe import train
+from melprobe.corpus.manifest import Utterance, write_manifest
+from melprobe.errors import UsageError
+from melprobe.model import checkpoint
+from melprobe.training.data import BatchOrder, load_corpora
+from melprobe.training.loop import learning_rate_scale
+from melprobe.training.recipe import Optim, read_recipe
+from tests.tiny import WORDS, tiny_config, tiny_listener, waves
+
+ROOT = Path(__file__).parents[1]
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """A folder with a tiny base, a tiny corpus of noise and a recipe."""
+    folder = tmp_path_factory.mktemp("workshop")
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_config().text_config).save_pretrained(folder / "base")
+    tiny_listener().processor.tokenizer.save_pretrained(folder / "base")
+    rng = np.random.default_rng(0)
+    clips = waves(*rng.uniform(0.4, 1.0, 24))
+    for split, part in (("train", clips[:20]), ("dev", clips[20:])):
+        (folder / split).mkdir()
+        utterances = []
+        for i, wave in enumerate(part):
+            path = folder / split / f"{i}.flac"
+            soundfile.write(path, wave, 16_000)
+            text = " ".join(rng.choice(WORDS, 3)) if split == "train" else f"other {WORDS[i]}"
+            utterances.append(Utterance(path.name, path, text, len(wave) / 16_000, "noise"))
+        write_manifest(folder / f"{split}.jsonl", utterances)
+    recipe = {
+        "out": str(folder / "run"),
+        "model": {
+            "base": str(folder / "base"),
+            "prompt": ["", "<|answer|>"],
+            "lora": {"rank": 2},
+        },
+        "data": {
+            "train": [{"manifest": str(folder / "train.jsonl")}],
+            "dev": [str(folder / "dev.jsonl")],
+            "stages": [{"steps": 4, "max_seconds": 0.8}, {"steps": STEPS - 4}],
+            "batch_seconds": 3,
+            "workers": 0,
+        },
+        "augment": {"speed": [0.9, 1.1], "noise_probability": 0.5, "time_masks": 1},
+        "optim": {"warmup": 2, "accumulate": 2},
+        "log_every": 1,
+        "evaluate_every": STEPS,
+        "save_minutes": 0,
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def losses(out: Path) -> list[float]:
+    log = json.loads((out / "state" / "state.json").read_text())["log"]
+    return [line["train_loss"] for line in log if "train_loss" in line]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(workshop):
+    train.main([str(workshop / "recipe.yaml"), "--out", str(workshop / "whole")])
+    return workshop / "whole"
+
+
+def test_a_killed_run_resumes_and_ends_the_same(workshop, uninterrupted):
+    out = workshop / "killed"
+    command = [
+        sys.executable,
+        "-m",
+        "melprobe.train",
+        str(workshop / "recipe.yaml"),
+        "--out",
+        str(out),
+    ]
+    state = out / "state" / "state.json"
+    running = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (state.exists() and json.loads(state.read_text())["step"] >= 4):
+        assert running.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    before = json.loads(state.read_text())["step"]
+    assert 4 <= before < STEPS
+    train.main([str(workshop / "recipe.yaml"), "--out", str(out)])
+    assert losses(out) == pytest.approx(losses(uninterrupted), rel=1e-5)
+    assert len(losses(out)) == STEPS
+
+
+def test_the_checkpoint_it_leaves_can_be_used(uninterrupted):
+    model, processor = checkpoint.load(uninterrupted / "best")
+    batch = processor(waves(0.6), ["please hold"])
+    assert model(**batch).loss.isfinite()
+    data = json.loads((uninterrupted / "best" / "data.json").read_text())
+    assert data["utterances_per_epoch"] == 20
+
+
+def test_batches_from_the_middle_are_those_of_the_whole(workshop):
+    data = read_recipe(workshop / "recipe.yaml").data
+    utterances, _ = load_corpora(data)
+    whole = list(BatchOrder(utterances, data, seed=3))
+    assert list(BatchOrder(utterances, data, seed=3, start=7)) == whole[7:]
+    assert [step for step, _ in whole] == list(range(STEPS))
+    assert whole != list(BatchOrder(utterances, data, seed=4))
+    short = {u.id for u in utterances if u.duration <= 0.8}
+    assert all(set(ids) <= short for _, ids in whole[:4])
+
+
+def test_a_training_text_like_a_dev_text_is_left_out(workshop, tmp_path):
+    data = read_recipe(workshop / "recipe.yaml").data
+    leaky = data.model_copy(update={"dev": (str(workshop / "train.jsonl"),)})
+    with pytest.raises(UsageError, match="no utterance is left"):
+        load_corpora(leaky)
+
+
+def test_the_learning_rate_warms_up_and_decays():
+    optim = Optim(warmup=10, schedule="linear")
+    scales = [learning_rate_scale(step, 110, optim) for step in range(110)]
+    assert scales[0] == 0.1 and scales[9] == 1.0 and scales[60] == pytest.approx(0.5)
+    assert min(scales) == 0.01
+    assert learning_rate_scale(60, 110, Optim(warmup=10)) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "name a recipe"),
+        (["nowhere.yaml"], "nowhere.yaml: not a readable YAML recipe"),
+        (["{recipe}", "--optim.lr", "-1"], "greater than 0"),
+        (["{other}"], "model.colour: Extra inputs"),
+    ],
+)
+def test_bad_recipes_give_one_line(workshop, tmp_path, words, message):
+    other = tmp_path / "other.yaml"
+    recipe = yaml.safe_load((workshop / "recipe.yaml").read_text())
+    recipe["model"]["colour"] = "red"
+    other.write_text(yaml.safe_dump(recipe))
+    places = {"recipe": workshop / "recipe.yaml", "other": other}
+    with pytest.raises(UsageError, match=message) as error:
+        train.main([word.format(**places) for word in words])
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_belongs_to_one_recipe(workshop, uninterrupted):
+    with pytest.raises(UsageError, match=r"another recipe \(optim differ\)"):
+        train.main(
+            [str(workshop / "recipe.yaml"), "--out", str(uninterrupted), "--optim.lr", "0.5"]
+        )
