@@ -1,40 +1,47 @@
 """`python -m melprobe.train RECIPE.yaml [--field value ...]`: train, or go on training.
 
-The same command again continues a run that was stopped, however it was stopped.
+The same command again continues a run that was stopped, however it was stopped. Fields are those
+of the recipe, dotted: `--optim.lr 3e-4 --data.train.0.repeat 2`; values are YAML.
 """
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
-from pydantic import ValidationError
-
 from melprobe.errors import UsageError, run
 from melprobe.training.loop import fit
-from melprobe.training.recipe import Recipe, SpeechRecipe, describe, read_recipe
+from melprobe.training.recipe import Recipe, SpeechRecipe, read_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read the recipe, apply the overrides, train."""
+    """Read the recipe with its overrides, train."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return
     if not words or words[0].startswith("-"):
         raise UsageError(
             "name a recipe: python -m melprobe.train recipes/mel-mini.yaml [--optim.lr 3e-4 ...]"
         )
-    recipe = _override(read_recipe(Path(words[0])), words)
+    recipe = read_recipe(Path(words[0]), _overrides(words[1:]))
     _refuse_other_recipe(recipe)
     log = fit(_task(recipe), recipe)
     print(f"trained to step {log[-1]['step']}; best checkpoint: {recipe.out / 'best'}")
 
 
-def _override(recipe: Recipe, words: list[str]) -> Recipe:
-    try:
-        return tyro.cli(
-            type(recipe), default=recipe, args=words[1:], prog=f"melprobe.train {words[0]}"
-        )
-    except ValidationError as error:
-        raise UsageError(describe(error)) from None
+def _overrides(words: list[str]) -> dict[str, str]:
+    """`--optim.lr 3e-4 --seed=1` to {"optim.lr": "3e-4", "seed": "1"}."""
+    found: dict[str, str] = {}
+    rest = iter(words)
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        if not flag.startswith("--"):
+            raise UsageError(f"{word!r}: overrides look like --optim.lr 3e-4")
+        name = flag.removeprefix("--").replace("-", "_")
+        if not equals and (value := next(rest, "")) == "":
+            raise UsageError(f"{word}: a value must follow")
+        found[name] = value
+    return found
 
 
 def _refuse_other_recipe(recipe: Recipe) -> None:

@@ -191,3 +191,35 @@ def test_unknown_positions_and_layers_are_refused(lm):
         pass
     with pytest.raises(UsageError, match="blocks 0 to 3"), lm.skip({4}):
         pass
+
+
+def test_skip_equals_transformer_lens(lm, clips):
+    """Through the bridge's own hook points, around a copy: the bridge rewires what it wraps."""
+    pytest.importorskip("transformer_lens")
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    inputs = lm.processor(clips, TEXTS)
+    kinds = position_kinds(
+        inputs["input_ids"], lm.processor.audio_token_id, inputs["attention_mask"], inputs["labels"]
+    )
+    speech = selected(kinds, "speech")[..., None]
+    other = copy.deepcopy(lm.model)
+    bridge = build_bridge_from_module(
+        other.language_model,
+        "LlamaForCausalLM",
+        hf_config=other.language_model.config,
+    )
+    seen = {}
+
+    def remember(residual, hook):
+        seen["before"] = residual.clone()
+
+    def put_back(residual, hook):
+        return torch.where(speech, seen["before"], residual)
+
+    hooks = [("blocks.1.hook_in", remember), ("blocks.1.hook_out", put_back)]
+    with bridge.hooks(fwd_hooks=hooks):
+        theirs = other(**inputs).logits
+    with lm.skip({1}):
+        assert torch.allclose(lm.model(**inputs).logits, theirs, atol=1e-4)
+    assert not torch.allclose(lm.model(**inputs).logits, theirs, atol=1e-2)

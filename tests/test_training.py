@@ -114,7 +114,7 @@ def test_the_checkpoint_it_leaves_can_be_used(uninterrupted):
     batch = processor(waves(0.6), ["please hold"])
     assert model(**batch).loss.isfinite()
     data = json.loads((uninterrupted / "best" / "data.json").read_text())
-    assert data["utterances_per_epoch"] == 20
+    assert data["clips_per_epoch"] == 20
 
 
 def test_batches_from_the_middle_are_those_of_the_whole(workshop):
@@ -139,7 +139,7 @@ def test_the_learning_rate_warms_up_and_decays():
     optim = Optim(warmup=10, schedule="linear")
     scales = [learning_rate_scale(step, 110, optim) for step in range(110)]
     assert scales[0] == 0.1 and scales[9] == 1.0 and scales[60] == pytest.approx(0.5)
-    assert min(scales) == 0.01
+    assert min(scales) == pytest.approx(0.01)
     assert learning_rate_scale(60, 110, Optim(warmup=10)) == pytest.approx(0.5)
 
 
@@ -149,6 +149,10 @@ def test_the_learning_rate_warms_up_and_decays():
         ([], "name a recipe"),
         (["nowhere.yaml"], "nowhere.yaml: not a readable YAML recipe"),
         (["{recipe}", "--optim.lr", "-1"], "greater than 0"),
+        (["{recipe}", "--optim.speed", "1"], "optim.speed: Extra inputs"),
+        (["{recipe}", "--data.train.7.repeat", "1"], "the recipe has no such field"),
+        (["{recipe}", "--seed"], "--seed: a value must follow"),
+        (["{recipe}", "seed"], "overrides look like"),
         (["{other}"], "model.colour: Extra inputs"),
     ],
 )

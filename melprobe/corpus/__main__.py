@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from melprobe.cache import cache_dir
-from melprobe.errors import run
+from melprobe.errors import Parser, run
 
 CORPORA = {name: f"melprobe.corpus.{name}" for name in ("asterisk", "queen", "synth", "hub")}
 CORPORA["jsonl"] = "melprobe.corpus.user"
@@ -22,7 +22,7 @@ CORPORA["jsonl"] = "melprobe.corpus.user"
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Build the corpus that `argv` names; each corpus module has options of its own."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m melprobe.corpus",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("options", nargs=argparse.REMAINDER, help="see build CORPUS --help")
     args = parser.parse_args(argv)
     module = import_module(CORPORA[args.corpus])
-    own = argparse.ArgumentParser(
+    own = Parser(
         prog=f"python -m melprobe.corpus build {args.corpus}",
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

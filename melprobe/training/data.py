@@ -5,7 +5,7 @@ very batches it would have had.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count, islice
 
 import numpy as np
@@ -15,39 +15,81 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import BatchFeature
 
 from melprobe.audio.augment import add_noise, change_speed, spec_augment
-from melprobe.audio.load import load_utterance
+from melprobe.audio.load import SAMPLE_RATE, load_utterance
 from melprobe.corpus.cuts import to_cuts
 from melprobe.corpus.leakage import without_leaks
 from melprobe.corpus.manifest import Utterance, find_manifest, read_manifest
 from melprobe.corpus.text import plain_text
 from melprobe.errors import UsageError
 from melprobe.model.processor import MelLLMProcessor
-from melprobe.training.recipe import Augment, Data
+from melprobe.training.recipe import Augment, Data, Stage
+
+_MARGIN = 0.04  # seconds left around words that are cut out: their edges are not that sharp
 
 
-def load_corpora(data: Data) -> tuple[list[Utterance], dict[str, int]]:
-    """Training utterances with their repeats, and how many each corpus lost to the leak check.
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """What training reads as one example: a recording, or a few words cut out of one."""
+
+    id: str
+    """Unique in the run, also when a corpus is read several times."""
+    source: Utterance
+    text: str
+    start: float
+    """Seconds into the recording."""
+    duration: float
+
+    def wave(self) -> np.ndarray:
+        """Samples of the clip (N,), 16 kHz."""
+        wave = load_utterance(self.source)
+        start = round(self.start * SAMPLE_RATE)
+        return wave[start : start + round(self.duration * SAMPLE_RATE)]
+
+
+def load_corpora(data: Data) -> tuple[list[Clip], dict[str, int]]:
+    """Training clips, and how many utterances each corpus lost to the leak check.
 
     An utterance is dropped when its text is near-equal to one in any dev or test manifest.
     """
     held_out = [u for name in (*data.dev, *data.test) for u in read_manifest(find_manifest(name))]
-    chosen: list[Utterance] = []
+    corpora = {c.manifest: read_manifest(find_manifest(c.manifest)) for c in data.train}
+    # All corpora at once: a chain of near-equal texts may run from one through another.
+    kept, _ = without_leaks([u for corpus in corpora.values() for u in corpus], held_out)
+    clean = {u.audio for u in kept}
+    clips: list[Clip] = []
     dropped: dict[str, int] = {}
-    for corpus in data.train:
-        kept, leaks = without_leaks(read_manifest(find_manifest(corpus.manifest)), held_out)
-        dropped[corpus.manifest] = len(leaks)
+    for number, corpus in enumerate(data.train):
+        usable = [u for u in corpora[corpus.manifest] if u.audio in clean]
+        dropped[corpus.manifest] = len(corpora[corpus.manifest]) - len(usable)
         for copy in range(corpus.repeat):
-            chosen += [replace(u, id=f"{corpus.manifest}:{copy}:{u.id}") for u in kept]
-    if not chosen:
+            for u in usable:
+                clips += _clips(u, f"{number}:{copy}:{u.id}", corpus.crop_words)
+    if not clips:
         raise UsageError("data.train: no utterance is left after the leak check")
-    return chosen, dropped
+    return clips, dropped
+
+
+def _clips(u: Utterance, name: str, crop_words: int | None) -> list[Clip]:
+    """The utterance whole, or cut between words into pieces of `crop_words` words."""
+    if crop_words is None:
+        return [Clip(name, u, u.text, 0.0, u.duration)]
+    if not u.words:
+        raise UsageError(f"{u.where}: crop_words needs word times, and this clip has none")
+    clips = []
+    for first in range(0, len(u.words), crop_words):
+        piece = u.words[first : first + crop_words]
+        start = max(0.0, piece[0].start - _MARGIN)
+        seconds = min(u.duration, piece[-1].end + _MARGIN) - start
+        text = " ".join(word.label for word in piece)
+        clips.append(Clip(f"{name}@{first}", u, text, start, seconds))
+    return clips
 
 
 class BatchOrder(Sampler[tuple[int, list[str]]]):
-    """(step, utterance ids) from `start` on: shuffled buckets of like duration, stage by stage."""
+    """(step, clip ids) from `start` on: shuffled buckets of like duration, stage by stage."""
 
-    def __init__(self, utterances: list[Utterance], data: Data, seed: int, start: int = 0):
-        self.cuts = to_cuts(utterances)
+    def __init__(self, clips: list[Clip], data: Data, seed: int, start: int = 0):
+        self.cuts = to_cuts(replace(c.source, id=c.id, duration=c.duration) for c in clips)
         self.data = data
         self.seed = seed
         self.start = start
@@ -56,22 +98,24 @@ class BatchOrder(Sampler[tuple[int, list[str]]]):
         batches = (
             batch
             for number, stage in enumerate(self.data.stages)
-            for batch in islice(self._endless(number, stage.max_seconds), stage.steps)
+            for batch in islice(self._endless(number, stage), stage.steps)
         )
         return islice(enumerate(batches), self.start, None)
 
-    def _endless(self, stage: int, max_seconds: float) -> Iterator[list[str]]:
+    def _endless(self, number: int, stage: Stage) -> Iterator[list[str]]:
         # A list, so that every epoch shuffles the same order whatever was drawn before.
-        cuts = CutSet.from_cuts([cut for cut in self.cuts if cut.duration <= max_seconds])
+        cuts = CutSet.from_cuts([cut for cut in self.cuts if cut.duration <= stage.max_seconds])
         if not len(cuts):
-            raise UsageError(f"data.stages.{stage}: no training clip is under {max_seconds} s")
+            raise UsageError(
+                f"data.stages.{number}: no training clip is under {stage.max_seconds} s"
+            )
         for epoch in count():
             sampler = DynamicBucketingSampler(
                 cuts,
-                max_duration=self.data.batch_seconds,
+                max_duration=stage.batch_seconds or self.data.batch_seconds,
                 num_buckets=min(10, len(cuts)),
                 shuffle=True,
-                seed=self.seed + 7919 * stage + epoch,
+                seed=self.seed + 7919 * number + epoch,
             )
             for batch in sampler:
                 yield [cut.id for cut in batch]
@@ -82,12 +126,12 @@ class SpeechBatches(Dataset[tuple[int, BatchFeature]]):
 
     def __init__(
         self,
-        utterances: list[Utterance],
+        clips: list[Clip],
         processor: MelLLMProcessor,
         augment: Augment,
         seed: int,
     ):
-        self.by_id = {u.id: u for u in utterances}
+        self.by_id = {clip.id: clip for clip in clips}
         self.processor = processor
         self.augment = augment
         self.seed = seed
@@ -96,8 +140,8 @@ class SpeechBatches(Dataset[tuple[int, BatchFeature]]):
         step, ids = key
         rng = np.random.default_rng([self.seed, step])
         chosen = [self.by_id[i] for i in ids]
-        waves = [self._change(load_utterance(u), rng) for u in chosen]
-        batch = self.processor(waves, [plain_text(u.text) for u in chosen])
+        waves = [self._change(clip.wave(), rng) for clip in chosen]
+        batch = self.processor(waves, [plain_text(clip.text) for clip in chosen])
         batch["input_features"] = spec_augment(
             batch["input_features"],
             batch["feature_attention_mask"].sum(1),
@@ -117,7 +161,7 @@ class SpeechBatches(Dataset[tuple[int, BatchFeature]]):
 
 
 def speech_loader(
-    utterances: list[Utterance],
+    clips: list[Clip],
     processor: MelLLMProcessor,
     data: Data,
     augment: Augment,
@@ -126,8 +170,8 @@ def speech_loader(
 ) -> DataLoader[tuple[int, BatchFeature]]:
     """Endless-as-the-recipe batches from step `start` on."""
     return DataLoader(
-        SpeechBatches(utterances, processor, augment, seed),
-        sampler=BatchOrder(utterances, data, seed, start),
+        SpeechBatches(clips, processor, augment, seed),
+        sampler=BatchOrder(clips, data, seed, start),
         batch_size=None,
         num_workers=data.workers,
         prefetch_factor=4 if data.workers else None,

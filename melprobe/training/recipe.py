@@ -3,8 +3,9 @@
 Any field can be overridden on the command line (`--optim.lr 3e-4`).
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from peft import LoraConfig
@@ -63,12 +64,16 @@ class Corpus(_Strict):
     """Path, or name like `queen/train`."""
     repeat: Annotated[int, Field(ge=1)] = 1
     """How often an epoch reads it."""
+    crop_words: Annotated[int, Field(ge=1)] | None = None
+    """Cut its clips at their word times into pieces of so many words."""
 
 
 class Stage(_Strict):
     steps: Annotated[int, Field(ge=1)]
     max_seconds: Annotated[float, Field(gt=0.1)] = 20.0
     """Longer clips are left out of this stage: short clips teach the alignment first."""
+    batch_seconds: Annotated[float, Field(gt=1)] | None = None
+    """Audio in a batch; that of `data` when not given."""
 
 
 class Data(_Strict):
@@ -154,24 +159,40 @@ class TextRecipe(_Run):
 Recipe = SpeechRecipe | TextRecipe
 
 
-def read_recipe(path: Path) -> Recipe:
-    """Parse and check a recipe file; UsageError names the field."""
+def read_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recipe:
+    """Parse and check a recipe file; UsageError names the field.
+
+    overrides: dotted fields to YAML values, such as {"optim.lr": "3e-4"}.
+    """
     try:
         fields = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise UsageError(
-            f"{path}: not a readable YAML recipe ({error})".replace("\n", " ")
-        ) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        message = f"{path}: not a readable YAML recipe ({error})"
+        raise UsageError(" ".join(message.split())) from None
     if not isinstance(fields, dict):
         raise UsageError(f"{path}: a recipe is a mapping of fields")
+    for name, value in (overrides or {}).items():
+        _set_field(fields, name, value)
     kind = TextRecipe if fields.get("task") == "text" else SpeechRecipe
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        raise UsageError(f"{path}: {describe(error)}") from None
+        raise UsageError(f"{path}: {_describe(error)}") from None
 
 
-def describe(error: ValidationError) -> str:
+def _set_field(fields: dict[str, Any], name: str, value: str) -> None:
+    *path, last = [int(part) if part.isdecimal() else part for part in name.split(".")]
+    place: Any = fields
+    try:
+        for part in path:
+            place = place[part] if isinstance(part, int) else place.setdefault(part, {})
+        # YAML reads 3e-4 as text; pydantic makes a number of it where one is due.
+        place[last] = yaml.safe_load(value)
+    except (KeyError, IndexError, TypeError, AttributeError, yaml.YAMLError):
+        raise UsageError(f"--{name} {value}: the recipe has no such field to set") from None
+
+
+def _describe(error: ValidationError) -> str:
     """A validation error in one line: every field, and what is wrong with it."""
     parts = [f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors()]
     return "; ".join(parts)

@@ -32,7 +32,7 @@ class SpeechTask:
             f_max=settings.f_max, normalisation=settings.normalisation
         )
         torch.manual_seed(recipe.seed)
-        self.utterances, self.dropped = load_corpora(recipe.data)
+        self.clips, self.dropped = load_corpora(recipe.data)
         self.model, self.processor = checkpoint.create(
             settings.base,
             extractor,
@@ -56,7 +56,7 @@ class SpeechTask:
     def batches(self, start: int) -> Iterable[tuple[int, BatchFeature]]:
         recipe = self.recipe
         return speech_loader(
-            self.utterances, self.processor, recipe.data, recipe.augment, recipe.seed, start
+            self.clips, self.processor, recipe.data, recipe.augment, recipe.seed, start
         )
 
     def evaluate(self) -> dict[str, float]:
@@ -84,9 +84,9 @@ class SpeechTask:
         data = {
             "manifests": [corpus.model_dump() for corpus in self.recipe.data.train],
             "dropped_as_leaks": self.dropped,
-            "utterances_per_epoch": len(self.utterances),
-            "hours_per_epoch": round(sum(u.duration for u in self.utterances) / 3600, 2),
-            "speakers": len({u.speaker for u in self.utterances}),
+            "clips_per_epoch": len(self.clips),
+            "hours_per_epoch": round(sum(clip.duration for clip in self.clips) / 3600, 2),
+            "speakers": len({clip.source.speaker for clip in self.clips}),
         }
         (folder / "data.json").write_text(json.dumps(data, indent=2) + "\n")
 
