@@ -17,7 +17,21 @@ def test_names_resolve_to_folders_or_hub_ids(tmp_path, monkeypatch):
     monkeypatch.setattr(base, "MINI_BASE", tmp_path)
     assert base.resolve_base("mini-base") == tmp_path
     assert base.resolve_base(str(tmp_path)) == tmp_path
-    assert base.resolve_base("HuggingFaceTB/SmolLM2-135M") == "HuggingFaceTB/SmolLM2-135M"
+    monkeypatch.setattr(base, "snapshot_download", lambda name, **_: f"{tmp_path}/{name}")
+    assert (
+        base.resolve_base("HuggingFaceTB/SmolLM2-135M") == tmp_path / "HuggingFaceTB/SmolLM2-135M"
+    )
+
+
+def test_a_hub_out_of_reach_is_one_line(monkeypatch):
+    def unreachable(name, **_):
+        raise OSError("no such host\nand a long story")
+
+    monkeypatch.setattr(base, "snapshot_download", unreachable)
+    with pytest.raises(
+        UsageError, match=r"^owner/name: the hub does not give it \(no such host\)$"
+    ):
+        base.resolve_base("owner/name")
 
 
 @pytest.mark.parametrize("name", ["smollm2", "./nowhere", "/nowhere/else", "a/b/c", ""])

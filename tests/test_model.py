@@ -4,9 +4,19 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoProcessor, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoProcessor,
+    Gemma3TextConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    Phi3Config,
+    Qwen3Config,
+)
 
 from melprobe.errors import UsageError
+from melprobe.listener import Listener
 from melprobe.model import checkpoint
 from melprobe.model.config import MelLLMConfig
 from melprobe.model.modelling import MelLLMForConditionalGeneration
@@ -14,6 +24,17 @@ from melprobe.training.recipe import Lora
 from tests.tiny import tiny_config, tiny_listener, waves
 
 TEXTS = ["please hold", "the new number three"]
+SMALL = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 3,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
 FRONTS = [("linear", 8), ("conv", 8), ("linear", 1), ("conv", 1), ("conv", 16)]
 
 
@@ -137,6 +158,46 @@ def test_an_adapter_checkpoint_comes_back_the_same(trained, merge):
     assert isinstance(
         MelLLMForConditionalGeneration.from_pretrained(folder), MelLLMForConditionalGeneration
     )
+
+
+def test_a_model_tuned_whole_is_saved_whole(base, tmp_path):
+    extractor = tiny_listener().processor.feature_extractor
+    model, processor = checkpoint.create(str(base), extractor, frames_per_patch=4)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    checkpoint.save(model, processor, tmp_path / "whole", torch.float32)
+    again, processor_again = checkpoint.load(tmp_path / "whole")
+    batch = processor_again(waves(0.8), TEXTS[:1])
+    assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
+    state = load_file(tmp_path / "whole" / "model.safetensors")
+    del state["audio_front.projection.bias"]
+    save_file(state, tmp_path / "whole" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match=r"1 tensors missing .* audio_front.projection.bias"):
+        checkpoint.load(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "text_config",
+    [
+        Qwen3Config(head_dim=8, **SMALL),
+        MistralConfig(sliding_window=16, **SMALL),
+        Gemma3TextConfig(head_dim=8, sliding_window=16, **SMALL),
+        Phi3Config(**SMALL),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_any_causal_lm_will_do(text_config):
+    lm = tiny_listener()
+    config = MelLLMConfig(text_config=text_config, audio_token_id=lm.processor.audio_token_id)
+    other = Listener(MelLLMForConditionalGeneration(config).eval(), lm.processor)
+    clips = waves(1.0, 0.6)
+    scores = other.score(clips, TEXTS)
+    inputs, options = lm.processor(clips), {"do_sample": False, "max_new_tokens": 6}
+    cached = other.model.generate(**inputs, **options)
+    assert torch.equal(cached, other.model.generate(**inputs, **options, use_cache=False))
+    with other.skip({0}):
+        assert not torch.equal(other.score(clips, TEXTS).nll, scores.nll)
+        cached = other.model.generate(**inputs, **options)
+        assert torch.equal(cached, other.model.generate(**inputs, **options, use_cache=False))
 
 
 def test_only_front_and_adapter_are_trained_and_saved(trained):

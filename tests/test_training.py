@@ -16,12 +16,14 @@ import yaml
 from transformers import LlamaForCausalLM
 
 from melprobe import train
-from melprobe.corpus.manifest import Utterance, write_manifest
+from melprobe.audio.mel import log_mel
+from melprobe.corpus.manifest import Span, Utterance, write_manifest
 from melprobe.errors import UsageError
 from melprobe.model import checkpoint
 from melprobe.training.data import BatchOrder, load_corpora
 from melprobe.training.loop import learning_rate_scale
-from melprobe.training.recipe import Optim, read_recipe
+from melprobe.training.recipe import Corpus, Optim, read_recipe
+from melprobe.training.speech import mel_statistics
 from tests.tiny import WORDS, tiny_config, tiny_listener, waves
 
 ROOT = Path(__file__).parents[1]
@@ -115,6 +117,38 @@ def test_the_checkpoint_it_leaves_can_be_used(uninterrupted):
     assert model(**batch).loss.isfinite()
     data = json.loads((uninterrupted / "best" / "data.json").read_text())
     assert data["clips_per_epoch"] == 20
+
+
+def test_global_statistics_are_those_of_the_training_clips(workshop):
+    data = read_recipe(workshop / "recipe.yaml").data
+    clips, _ = load_corpora(data)
+    mean, std = mel_statistics(clips, 7690.0, seed=0)
+    mel = [log_mel(torch.from_numpy(clip.wave())[None])[0] for clip in clips]
+    together = torch.cat(mel)
+    assert mean == pytest.approx(together.mean(0).tolist(), rel=1e-4)
+    assert std == pytest.approx(together.std(0, correction=0).tolist(), rel=1e-3)
+
+
+def test_words_are_cut_out_at_their_times(workshop, tmp_path):
+    path = tmp_path / "a.wav"
+    wave = np.repeat(np.float32([0.1, 0.5, 0.9]), 8000)  # half a second each
+    soundfile.write(path, wave, 16_000)
+    words = (Span("one", 0.1, 0.4), Span("two", 0.6, 0.9), Span("three", 1.1, 1.4))
+    write_manifest(
+        tmp_path / "m.jsonl", [Utterance("a.wav", path, "One, two, three.", 1.5, words=words)]
+    )
+    data = read_recipe(workshop / "recipe.yaml").data
+    corpus = Corpus(manifest=str(tmp_path / "m.jsonl"), crop_words=2)
+    clips, _ = load_corpora(data.model_copy(update={"train": (corpus,)}))
+    assert [clip.text for clip in clips] == ["one two", "three"]
+    assert [clip.duration for clip in clips] == pytest.approx([0.88, 0.38])
+    levels = [sorted({round(float(x), 1) for x in clip.wave()}) for clip in clips]
+    assert levels == [[0.1, 0.5], [0.9]]
+    assert len({clip.id for clip in clips}) == 2
+
+    whole = Corpus(manifest=str(workshop / "train.jsonl"), crop_words=1)
+    with pytest.raises(UsageError, match="crop_words needs word times"):
+        load_corpora(data.model_copy(update={"train": (whole,)}))
 
 
 def test_batches_from_the_middle_are_those_of_the_whole(workshop):

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -60,19 +62,27 @@ def _unpack_smollm2(folder: Path) -> None:
     (folder / "source.json").write_text(json.dumps(source, indent=2) + "\n")
 
 
-def resolve_base(name: str) -> Path | str:
-    """What `from_pretrained` takes for a base model's name: a local folder, or a hub id."""
+def resolve_base(name: str) -> Path:
+    """The local folder of a base model: packaged, ours, the user's, or fetched from the hub."""
     if name == SMOLLM2:
         return packaged_smollm2()
     folder = MINI_BASE if name == "mini-base" else Path(name).expanduser()
     if name and folder.is_dir():
         return folder
     if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        return name
+        return _from_hub(name)
     raise UsageError(
         f"no base model {name!r}: take {SMOLLM2}, mini-base (needs {MINI_BASE.parent.name}/"
         f"{MINI_BASE.name}), an existing folder, or a hub id like owner/name"
     )
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model"]))
+    except (OSError, HfHubHTTPError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"{name}: the hub does not give it ({reason})") from None
 
 
 def base_sha256(folder: Path) -> str:

@@ -4,6 +4,7 @@ A checkpoint is a folder of safetensors and JSON. Trained ones hold the audio fr
 adapter only; they name their base model and the hash of its weights, and refuse another base.
 """
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -48,7 +49,7 @@ def create(
         text_config=language_model.config,
         n_mels=feature_extractor.feature_size,
         base=base,
-        base_sha256=base_sha256(folder) if isinstance(folder, Path) else "",
+        base_sha256=base_sha256(folder),
         **config,
     )
     processor = MelLLMProcessor(
@@ -89,8 +90,15 @@ def save(
     folder: Path,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """Write front and adapter (in `dtype`), config and processor; the base stays where it is."""
+    """Write front and adapter (in `dtype`), config and processor; the base stays where it is.
+
+    A model without an adapter was tuned whole, and is saved whole, as any transformers model.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    if not hasattr(model, "lora_config"):
+        copy.deepcopy(model).to(dtype).save_pretrained(folder)
+        processor.save_pretrained(folder)
+        return
     state = {
         name: t.detach().to("cpu", dtype).contiguous() for name, t in adapter_state(model).items()
     }
@@ -100,7 +108,7 @@ def save(
         "feature_extractor": processor.feature_extractor.to_dict(),
         "before": processor.before,
         "after": processor.after,
-        "lora": _lora_fields(model.lora_config) if hasattr(model, "lora_config") else None,
+        "lora": _lora_fields(model.lora_config),
     }
     (folder / "melprobe.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
@@ -118,12 +126,12 @@ def _lora_fields(lora: LoraConfig) -> dict[str, Any]:
 def find_checkpoint(name: str) -> Path:
     """A checkpoint folder, by path or by its name under checkpoints/."""
     for folder in (Path(name).expanduser(), CHECKPOINTS / name):
-        if (folder / ADAPTER).is_file():
+        if (folder / ADAPTER).is_file() or (folder / "model.safetensors").is_file():
             return folder
     shipped = sorted(path.parent.name for path in CHECKPOINTS.glob(f"*/{ADAPTER}"))
     raise UsageError(
         f"no checkpoint {name!r}; there is: {', '.join(shipped) or 'none'} "
-        f"(or a folder with {ADAPTER})"
+        f"(or a folder with {ADAPTER} or model.safetensors)"
     )
 
 
@@ -136,12 +144,14 @@ def load(
 ) -> tuple[MelLLMForConditionalGeneration, MelLLMProcessor]:
     """Model in eval mode and processor of a checkpoint. `merge` folds LoRA into the weights."""
     folder = find_checkpoint(str(name))
-    model = load_model(folder, merge=merge).to(device=device, dtype=dtype).eval()
+    model = load_model(folder, merge=merge, dtype=dtype).to(device).eval()
     return model, load_processor(folder, model.config)
 
 
 def load_processor(folder: Path, config: MelLLMConfig) -> MelLLMProcessor:
-    """The checkpoint's processor, with the base model's tokenizer."""
+    """The checkpoint's processor; beside an adapter, with the base model's tokenizer."""
+    if not (folder / ADAPTER).is_file():
+        return MelLLMProcessor.from_pretrained(folder)
     settings = json.loads((folder / "melprobe.json").read_text())
     return MelLLMProcessor(
         MelLLMFeatureExtractor(**settings["feature_extractor"]),
@@ -152,16 +162,20 @@ def load_processor(folder: Path, config: MelLLMConfig) -> MelLLMProcessor:
     )
 
 
-def load_model(folder: Path, *, merge: bool = False) -> MelLLMForConditionalGeneration:
-    """The checkpoint's model in float32, on its own base; every tensor must find its place.
+def load_model(
+    folder: Path, *, merge: bool = False, dtype: torch.dtype = torch.float32
+) -> MelLLMForConditionalGeneration:
+    """The checkpoint's model, on its own base; every tensor must find its place.
 
     Raises UsageError when the base's weights are not those the adapter was trained on, or when
-    tensors are missing or left over.
+    tensors are missing or left over. `merge` folds LoRA into the weights, in float32.
     """
+    if not (folder / ADAPTER).is_file():
+        return _load_whole(folder, dtype)
     config = MelLLMConfig.from_pretrained(folder)
     settings = json.loads((folder / "melprobe.json").read_text())
     base = resolve_base(config.base)
-    if isinstance(base, Path) and (found := base_sha256(base)) != config.base_sha256:
+    if (found := base_sha256(base)) != config.base_sha256:
         raise UsageError(
             f"{folder}: trained on a {config.base} whose weights hash to "
             f"{config.base_sha256[:12]}, but {base} hashes to {found[:12]}; restore that base"
@@ -171,10 +185,18 @@ def load_model(folder: Path, *, merge: bool = False) -> MelLLMForConditionalGene
     model.language_model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model.audio_front.to_empty(device="cpu")
     model.generation_config = model.language_model.generation_config
-    if settings["lora"]:
-        add_lora(model, LoraConfig(**settings["lora"]))
+    add_lora(model, LoraConfig(**settings["lora"]))
     load_adapter_state(model, read_adapter(folder), str(folder))
-    return merge_lora(model) if merge else model
+    return (merge_lora(model) if merge else model).to(dtype)
+
+
+def _load_whole(folder: Path, dtype: torch.dtype) -> MelLLMForConditionalGeneration:
+    model, info = super(
+        MelLLMForConditionalGeneration, MelLLMForConditionalGeneration
+    ).from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    if wrong := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
+        raise UsageError(f"{folder}: {len(wrong)} tensors missing or left over: {wrong[0]} …")
+    return model
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:

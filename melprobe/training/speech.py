@@ -1,21 +1,23 @@
 """The speech task: a Mel-LLM that learns to write down what it reads off a spectrogram."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import BatchFeature
 
 from melprobe.analysis.wer import corpus_wer, count_errors
 from melprobe.audio.load import load_utterance
+from melprobe.audio.mel import MelSettings, log_mel
 from melprobe.corpus.text import plain_text
 from melprobe.model import checkpoint
 from melprobe.model.inference import answer_scores, transcribe
 from melprobe.model.processor import MelLLMFeatureExtractor
-from melprobe.training.data import dev_clips, load_corpora, speech_loader
+from melprobe.training.data import Clip, dev_clips, load_corpora, speech_loader
 from melprobe.training.recipe import SpeechRecipe
 
 # Longer answers don't occur in the corpora's short clips; a looping model is cut here.
@@ -33,6 +35,8 @@ class SpeechTask:
         )
         torch.manual_seed(recipe.seed)
         self.clips, self.dropped = load_corpora(recipe.data)
+        if settings.normalisation == "global":
+            extractor.mean, extractor.std = mel_statistics(self.clips, settings.f_max, recipe.seed)
         self.model, self.processor = checkpoint.create(
             settings.base,
             extractor,
@@ -89,6 +93,17 @@ class SpeechTask:
             "speakers": len({clip.source.speaker for clip in self.clips}),
         }
         (folder / "data.json").write_text(json.dumps(data, indent=2) + "\n")
+
+
+def mel_statistics(
+    clips: Sequence[Clip], f_max: float, seed: int, most: int = 500
+) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each mel bin over at most `most` training clips."""
+    chosen = np.random.default_rng(seed).permutation(len(clips))[:most]
+    settings = MelSettings(f_max=f_max)
+    frames = [log_mel(torch.from_numpy(clips[i].wave())[None], settings)[0] for i in chosen]
+    std, mean = torch.std_mean(torch.cat(frames), dim=0, correction=0)
+    return mean.tolist(), std.clamp(min=1e-2).tolist()
 
 
 def _frozen_linears_to_bf16(model: nn.Module) -> None:
