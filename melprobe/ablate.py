@@ -4,7 +4,6 @@ Skips each decoder block in turn (or one set of blocks) at the speech positions,
 costs, and writes a report. Stopped and started again, it goes on where it was.
 """
 
-import hashlib
 import json
 import shlex
 import sys
@@ -27,13 +26,14 @@ from melprobe.corpus.manifest import Utterance, find_manifest, read_manifest
 from melprobe.corpus.text import plain_text
 from melprobe.errors import Parser, UsageError, run
 from melprobe.hooks.layers import format_layers, parse_layers
-from melprobe.hooks.positions import POSITIONS, check_positions
+from melprobe.hooks.positions import POSITIONS, Kind, check_positions
 from melprobe.listener import Listener, load
-from melprobe.model.checkpoint import ADAPTER, DEFAULT, find_checkpoint
+from melprobe.model.checkpoint import DEFAULT, find_checkpoint, weights_file
 from melprobe.report.examples import chosen_utterances, clip_path
 from melprobe.report.html import render
 from melprobe.report.reading import EACH_BLOCK
 from melprobe.store import RowStore, provenance
+from melprobe.wheels import file_sha256
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -74,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     sets = layer_sets(options.skip_layers, n_layers)
     listener = load(checkpoint, device=options.device, dtype=DTYPES.get(options.dtype))
+    if options.positions == "prompt" and not (listener.processor.before + listener.processor.after):
+        raise UsageError("positions 'prompt': this checkpoint has no words around the audio")
     out = options.out or default_out(options, checkpoint)
     study = SkipStudy(
         run=out.name,
@@ -86,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     labels = [format_layers(layers) for layers in sets]
     settings = {
         "run": study.run,
-        "checkpoint": file_sha256(checkpoint / ADAPTER),
+        "checkpoint": file_sha256(weights_file(checkpoint)),
         "data": file_sha256(manifest),
         "utterances": [u.id for u in usable],
         "layers": labels,
@@ -132,16 +134,19 @@ def layer_sets(text: str, n_layers: int) -> list[list[int]]:
 
 
 def unread_block(listener: Listener, positions: str) -> str | None:
-    """The last block, at speech positions: a prompt follows them, so no answer is read off them."""
-    if positions == "speech" and listener.processor.after:
-        return str(listener.n_layers - 1)
-    return None
+    """The last block, unless an answer token is read off one of these positions."""
+    before_answer = Kind.PROMPT if listener.processor.after else Kind.SPEECH
+    if {before_answer, Kind.ANSWER} & set(POSITIONS[positions]):
+        return None
+    return str(listener.n_layers - 1)
 
 
 def choose(utterances: list[Utterance], limit: int, seed: int) -> list[Utterance]:
     """`limit` utterances drawn without replacement, in the manifest's order."""
     if limit < 0:
         raise UsageError(f"--limit {limit}: take a number of utterances, or 0 for all")
+    if seed < 0:
+        raise UsageError(f"--seed {seed}: take 0 or a positive number")
     if not limit or limit >= len(utterances):
         return utterances
     places = np.random.default_rng(seed).choice(len(utterances), limit, replace=False)
@@ -158,8 +163,14 @@ def default_out(options: Any, checkpoint: Path) -> Path:
     """A folder under reports/ that the same command finds again."""
     layers = "" if options.skip_layers == EACH_BLOCK else f"-layers-{options.skip_layers}"
     data = options.data.removesuffix(".jsonl").replace("/", "-").strip("-.")
-    name = f"{checkpoint.name}-{data}-skip-{options.positions}{layers}-n{options.limit}"
+    name = f"{checkpoint_name(checkpoint)}-{data}-skip-{options.positions}{layers}-n{options.limit}"
     return Path("reports") / (name + (f"-seed{options.seed}" if options.seed else ""))
+
+
+def checkpoint_name(folder: Path) -> str:
+    """The folder's name; a run's `best` and `last` say whose they are."""
+    folder = folder.resolve()
+    return f"{folder.parent.name}-{folder.name}" if folder.name in {"best", "last"} else folder.name
 
 
 def describe_checkpoint(folder: Path, listener: Listener) -> dict[str, Any]:
@@ -167,8 +178,8 @@ def describe_checkpoint(folder: Path, listener: Listener) -> dict[str, Any]:
     manifests = json.loads(data.read_text())["manifests"] if data.exists() else []
     config = listener.model.config
     return {
-        "name": folder.name,
-        "sha256": file_sha256(folder / ADAPTER),
+        "name": checkpoint_name(folder),
+        "sha256": file_sha256(weights_file(folder)),
         "base": config.base,
         "front": config.audio_front,
         "token_rate_hz": patch_rate(config.frames_per_patch),
@@ -207,11 +218,6 @@ def keep_examples(
     wave_of = {u.id: wave for u, wave in zip(usable, waves, strict=True)}
     for utterance in chosen_utterances(rows):
         soundfile.write(clip_path(out, utterance), wave_of[utterance], SAMPLE_RATE)
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

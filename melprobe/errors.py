@@ -22,7 +22,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except UsageError as error:
-        print(f"melprobe: {error}", file=sys.stderr)
+        # Raised in a data worker, the message comes as the last line of the worker's traceback.
+        print(f"melprobe: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("melprobe: interrupted; the same command goes on from here", file=sys.stderr)

@@ -136,7 +136,7 @@ def score(rows: list[dict[str, Any]], speakers: list[str], seed: int) -> dict[st
         "wer_ci": [wer.low, wer.high],
         "resampled": bootstrap.unit,
         "utterances": len(rows),
-        "speakers": len(set(speakers)),
+        "speakers": len(set(speakers) - {""}),
         **{kind: sum(getattr(e, kind) for e in errors) for kind in WordErrors.__slots__},
         "rtfx": sum(row["duration"] for row in rows) / sum(row["time"] for row in rows),
     }
@@ -144,10 +144,10 @@ def score(rows: list[dict[str, Any]], speakers: list[str], seed: int) -> dict[st
 
 def training_texts(checkpoint: Path) -> list[str]:
     """Distinct transcripts the checkpoint was trained on; none where a corpus is not built here."""
-    data = json.loads((checkpoint / "data.json").read_text())
     try:
+        data = json.loads((checkpoint / "data.json").read_text())
         manifests = [find_manifest(corpus["manifest"]) for corpus in data["manifests"]]
-    except UsageError as error:
+    except (FileNotFoundError, UsageError) as error:
         print(f"melprobe: no nearest-transcript control: {error}", file=sys.stderr)
         return []
     return sorted({normalise(u.text) for path in manifests for u in read_manifest(path)})

@@ -78,6 +78,10 @@ def pick_device(device: str | torch.device | None) -> torch.device:
         raise UsageError(f"device {str(device)!r}: take cpu, cuda or cuda:N") from None
     if place.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device {place}: this torch ({torch.__version__}) sees no GPU; take cpu")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"device {place}: there are cuda:0 to cuda:{torch.cuda.device_count() - 1}"
+        )
     if place.type not in {"cpu", "cuda"}:
         raise UsageError(f"device {place}: take cpu, cuda or cuda:N")
     return place

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from melprobe.errors import UsageError, run
 from melprobe.training.loop import fit
 from melprobe.training.recipe import Recipe, SpeechRecipe, read_recipe
@@ -25,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     recipe = read_recipe(Path(words[0]), _overrides(words[1:]))
     _refuse_other_recipe(recipe)
-    log = fit(_task(recipe), recipe)
+    task = _task(recipe)  # a recipe that can't begin leaves no folder behind
+    _write_recipe(recipe)
+    log = fit(task, recipe)
     print(f"trained to step {log[-1]['step']}; best checkpoint: {recipe.out / 'best'}")
 
 
@@ -47,20 +51,27 @@ def _overrides(words: list[str]) -> dict[str, str]:
 def _refuse_other_recipe(recipe: Recipe) -> None:
     """A folder belongs to one recipe: going on with another would make a log that lies."""
     path = recipe.out / "recipe.json"
-    text = recipe.model_dump_json(indent=2) + "\n"
-    if path.exists() and path.read_text() != text:
-        old = type(recipe).model_validate_json(path.read_text())
-        fields = [
-            name
-            for name in type(recipe).model_fields
-            if getattr(old, name) != getattr(recipe, name)
-        ]
+    if not path.exists():
+        return
+    try:
+        old = type(recipe).model_validate_json(path.read_bytes())
+    except ValidationError:
+        raise UsageError(
+            f"{path}: damaged, or a recipe of another kind; take another --out, or delete it"
+        ) from None
+    fields = [f for f in type(recipe).model_fields if getattr(old, f) != getattr(recipe, f)]
+    if fields:
         raise UsageError(
             f"{recipe.out}: started with another recipe ({', '.join(fields)} differ); "
             f"take another --out, or delete it"
         )
+
+
+def _write_recipe(recipe: Recipe) -> None:
     recipe.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    draft = recipe.out / "recipe.draft"
+    draft.write_text(recipe.model_dump_json(indent=2) + "\n")
+    draft.replace(recipe.out / "recipe.json")
 
 
 def _task(recipe: Recipe):

@@ -115,6 +115,12 @@ def test_what_codecs_pad_and_trim_is_not_cut_short(tmp_path):
         load_utterance(utterance(tmp_path / "a.wav"))
 
 
+def test_a_clip_in_which_no_word_fits_is_bad(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(16_000, 0.04), 16_000)
+    with pytest.raises(BadAudio, match=r"a\.wav: 0\.040 s is too short"):
+        load_wave(tmp_path / "a.wav")
+
+
 def test_skipping_lists_what_it_left_out_and_never_leaves_nothing(tmp_path):
     soundfile.write(tmp_path / "good.wav", tone(16_000), 16_000)
     good, gone = utterance(tmp_path / "good.wav"), utterance(tmp_path / "gone.wav")

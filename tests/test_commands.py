@@ -103,6 +103,28 @@ def test_the_last_block_at_speech_positions_costs_exactly_nothing_and_says_why(s
     assert all(other["kl"] > 0 for other in others)
 
 
+@pytest.mark.parametrize(
+    ("positions", "after", "unread"),
+    [
+        ("speech", "go", True),
+        ("speech", "", False),
+        ("prompt", "", True),
+        ("prompt", "go", False),
+        *[("bos", after, True) for after in ("", "go")],
+        *[(kind, "go", False) for kind in ("answer", "text", "all")],
+    ],
+)
+def test_the_last_block_is_unread_just_where_its_skip_is_exactly_free(positions, after, unread):
+    lm, texts = tiny_listener(), ["please hold", "one"]
+    lm.processor.before, lm.processor.after = "new", after
+    clips = waves(0.6, 0.8)
+    plain = lm.score(clips, texts).nll
+    with lm.skip({N_LAYERS - 1}, positions):
+        free = torch.equal(lm.score(clips, texts).nll, plain)
+    assert free is unread
+    assert ablate.unread_block(lm, positions) == (str(N_LAYERS - 1) if unread else None)
+
+
 def test_an_untrained_model_does_not_pass_the_listening_gate(sweep):
     assert results(sweep)["gate"]["passed"] is False
     assert (sweep / "report.html").stat().st_size < 8e6
@@ -154,6 +176,7 @@ def test_a_set_of_layers_is_one_condition(folder):
         (["--skip-layers", "--checkpoint", "mel-maxi"], "no checkpoint 'mel-maxi'; there is"),
         (["--skip-layers", "--data", "nowhere/test"], "nowhere/test"),
         (["--skip-layers", "--limit", "-1"], "--limit -1"),
+        (["--skip-layers", "--seed", "-1"], "--seed -1"),
         (["--skip-layers", "--device", "abacus"], "device 'abacus': take cpu, cuda"),
         ([], "the following arguments are required: --skip-layers"),
     ],

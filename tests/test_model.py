@@ -1,5 +1,6 @@
 """The Mel-LLM as a model: padding, patches, attention, saving and strict loading."""
 
+import copy
 import json
 
 import pytest
@@ -20,6 +21,7 @@ from melprobe.listener import Listener
 from melprobe.model import checkpoint
 from melprobe.model.config import MelLLMConfig
 from melprobe.model.modelling import MelLLMForConditionalGeneration
+from melprobe.model.processor import MelLLMFeatureExtractor, MelLLMProcessor
 from melprobe.training.recipe import Lora
 from tests.tiny import tiny_config, tiny_listener, waves
 
@@ -198,6 +200,16 @@ def test_any_causal_lm_will_do(text_config):
         assert not torch.equal(other.score(clips, TEXTS).nll, scores.nll)
         cached = other.model.generate(**inputs, **options)
         assert torch.equal(cached, other.model.generate(**inputs, **options, use_cache=False))
+
+
+def test_a_tokenizer_without_bos_and_padding_uses_its_end_token():
+    tokenizer = copy.deepcopy(tiny_listener().processor.tokenizer)
+    tokenizer.bos_token = tokenizer.pad_token = None
+    batch = MelLLMProcessor(MelLLMFeatureExtractor(), tokenizer)(waves(0.8, 0.4), TEXTS)
+    assert (batch["input_ids"][:, 0] == tokenizer.eos_token_id).all()
+    padding = ~batch["attention_mask"].bool()
+    assert padding.any() and (batch["input_ids"][padding] == tokenizer.eos_token_id).all()
+    assert (batch["labels"][padding] == -100).all()
 
 
 def test_only_front_and_adapter_are_trained_and_saved(trained):

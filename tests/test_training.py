@@ -201,6 +201,20 @@ def test_bad_recipes_give_one_line(workshop, tmp_path, words, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_recipe_that_cannot_begin_leaves_no_folder(workshop):
+    out = workshop / "unborn"
+    command = [str(workshop / "recipe.yaml"), "--out", str(out), "--model.base", "nothing"]
+    with pytest.raises(UsageError, match="no base model 'nothing'"):
+        train.main(command)
+    assert not out.exists()
+
+
+def test_a_damaged_recipe_in_the_folder_is_one_line(workshop, tmp_path):
+    (tmp_path / "recipe.json").write_text('{"out": ')
+    with pytest.raises(UsageError, match="recipe.json: damaged"):
+        train.main([str(workshop / "recipe.yaml"), "--out", str(tmp_path)])
+
+
 def test_a_folder_belongs_to_one_recipe(workshop, uninterrupted):
     with pytest.raises(UsageError, match=r"another recipe \(optim differ\)"):
         train.main(

@@ -19,6 +19,8 @@ from melprobe.errors import UsageError
 SAMPLE_RATE = 16_000
 SHORT_BY_SECONDS = 0.05
 """What may be missing at the end before a file counts as cut short; codecs pad by less."""
+SHORTEST_SECONDS = 0.05
+"""No word is shorter, and one mel window (25 ms) fits even at a faster playing speed."""
 SILENT_RMS = 1e-4
 """-80 dB of full scale: three steps of a 16-bit recording."""
 
@@ -31,8 +33,8 @@ def load_wave(path: Path, *, expected_seconds: float | None = None, where: str =
     """Read a recording: float32 [N], mono (channels averaged), 16 kHz.
 
     Raises BadAudio when the file is missing, empty, not audio, cut short (against its header or
-    against `expected_seconds`), silent, or holds NaN or infinity. `where` (`manifest.jsonl:12`)
-    goes in front of the message.
+    against `expected_seconds`), too short, silent, or holds NaN or infinity. `where`
+    (`manifest.jsonl:12`) goes in front of the message.
     """
     name = f"{where}: {path}" if where else str(path)
     try:
@@ -67,6 +69,10 @@ def decode_wave(data: bytes, name: str, *, expected_seconds: float | None = None
     wave = soxr.resample(samples.mean(axis=1), rate, SAMPLE_RATE) if len(samples) else samples
     if not len(wave):
         raise BadAudio(f"{name}: the file holds no samples")
+    if len(wave) < SHORTEST_SECONDS * SAMPLE_RATE:
+        raise BadAudio(
+            f"{name}: {seconds:.3f} s is too short, at least {SHORTEST_SECONDS} s needed"
+        )
     if not np.isfinite(wave).all():
         raise BadAudio(f"{name}: holds NaN or infinite samples")
     level = float(np.sqrt(np.mean(wave.astype(np.float64) ** 2)))

@@ -123,10 +123,16 @@ def _lora_fields(lora: LoraConfig) -> dict[str, Any]:
     }
 
 
+def weights_file(folder: Path) -> Path:
+    """What a checkpoint's training made: the adapter, or where there is none the whole model."""
+    adapter = folder / ADAPTER
+    return adapter if adapter.is_file() else folder / "model.safetensors"
+
+
 def find_checkpoint(name: str) -> Path:
     """A checkpoint folder, by path or by its name under checkpoints/."""
     for folder in (Path(name).expanduser(), CHECKPOINTS / name):
-        if (folder / ADAPTER).is_file() or (folder / "model.safetensors").is_file():
+        if weights_file(folder).is_file():
             return folder
     shipped = sorted(path.parent.name for path in CHECKPOINTS.glob(f"*/{ADAPTER}"))
     raise UsageError(

@@ -103,6 +103,9 @@ class MelLLMProcessor(ProcessorMixin):
     ):
         if AUDIO_TOKEN not in tokenizer.get_vocab():
             tokenizer.add_special_tokens({"additional_special_tokens": [AUDIO_TOKEN]})
+        # Qwen's tokenizer has no BOS, Llama 3's no padding: the end token stands in for either.
+        tokenizer.bos_token = tokenizer.bos_token or tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         self.audio_token_id = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
         self.frames_per_patch = frames_per_patch
         self.before = before

@@ -185,12 +185,16 @@ class _State:
         fields = json.loads((self.folder / "state.json").read_text())
         self.step, self.seconds = fields["step"], fields["seconds"]
         self.best, self.log = fields["best"], fields["log"]
+        fused = self.optimizer.defaults["fused"]
         for name, tensor in load_file(self.folder / "state.safetensors").items():
             parameter_name, _, key = name.partition("@")
             parameter = self.named[parameter_name]
             if key:
-                moved = tensor if key == "step" else tensor.to(parameter.device)
-                self.optimizer.state[parameter][key] = moved
+                # The step count lives on the CPU, unless the fused kernel reads it on the GPU.
+                on_cpu = key == "step" and not fused
+                self.optimizer.state[parameter][key] = (
+                    tensor if on_cpu else tensor.to(parameter.device)
+                )
             else:
                 parameter.copy_(tensor)
 

@@ -15,6 +15,10 @@ from melprobe.audio.mel import Normalisation
 from melprobe.errors import UsageError
 from melprobe.model.config import AudioAttention, AudioFront
 
+# Much faster, and a short clip would be no mel window long.
+_Speed = Annotated[float, Field(ge=0.5, le=1.5)]
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -22,7 +26,7 @@ class _Strict(BaseModel):
 
 class Lora(_Strict):
     rank: Annotated[int, Field(ge=1)] = 16
-    alpha: float | None = None
+    alpha: Annotated[float, Field(gt=0)] | None = None
     """Scale numerator; twice the rank when not given (the paper: r = 320, alpha = 640)."""
     layers: tuple[int, ...] | None = None
     """Blocks that get an adapter; all when not given."""
@@ -45,7 +49,7 @@ class Model(_Strict):
     base: str = "smollm2-135m"
     """`smollm2-135m`, `mini-base`, a folder, or a hub id."""
     front: AudioFront = "linear"
-    conv_channels: int = 128
+    conv_channels: Annotated[int, Field(ge=1)] = 128
     frames_per_patch: Literal[1, 2, 4, 8, 16] = 8
     audio_attention: AudioAttention = "causal"
     normalisation: Normalisation = "utterance"
@@ -77,8 +81,8 @@ class Stage(_Strict):
 
 
 class Data(_Strict):
-    train: tuple[Corpus, ...]
-    dev: tuple[str, ...]
+    train: Annotated[tuple[Corpus, ...], Field(min_length=1)]
+    dev: Annotated[tuple[str, ...], Field(min_length=1)]
     test: tuple[str, ...] = ()
     """Test manifests: no training text may be near-equal to one of theirs."""
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
@@ -89,26 +93,26 @@ class Data(_Strict):
 
 
 class Augment(_Strict):
-    speed: tuple[float, float] = (1.0, 1.0)
+    speed: tuple[_Speed, _Speed] = (1.0, 1.0)
     """Resampling factor: changes tempo and pitch together."""
     noise_probability: Annotated[float, Field(ge=0, le=1)] = 0.0
     noise_snr_db: tuple[float, float] = (10.0, 40.0)
     time_masks: Annotated[int, Field(ge=0)] = 0
     time_mask_frames: Annotated[int, Field(ge=1)] = 12
     frequency_masks: Annotated[int, Field(ge=0)] = 0
-    frequency_mask_bins: Annotated[int, Field(ge=1)] = 12
+    frequency_mask_bins: Annotated[int, Field(ge=1, lt=80)] = 12
     """SpecAugment (Park et al. 2019) without time warping."""
 
 
 class Optim(_Strict):
     lr: Annotated[float, Field(gt=0)] = 1e-3
-    front_lr: float | None = None
+    front_lr: Annotated[float, Field(gt=0)] | None = None
     """Learning rate of the audio front; `lr` when not given."""
     warmup: Annotated[int, Field(ge=0)] = 100
     schedule: Literal["cosine", "linear"] = "cosine"
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.98)
-    clip: float = 1.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[_Beta, _Beta] = (0.9, 0.98)
+    clip: Annotated[float, Field(gt=0)] = 1.0
     accumulate: Annotated[int, Field(ge=1)] = 1
 
 
