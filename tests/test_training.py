@@ -211,7 +211,7 @@ def test_a_recipe_that_cannot_begin_leaves_no_folder(workshop):
 
 def test_a_damaged_recipe_in_the_folder_is_one_line(workshop, tmp_path):
     (tmp_path / "recipe.json").write_text('{"out": ')
-    with pytest.raises(UsageError, match="recipe.json: damaged"):
+    with pytest.raises(UsageError, match=r"recipe\.json: damaged"):
         train.main([str(workshop / "recipe.yaml"), "--out", str(tmp_path)])
 
 

@@ -4,6 +4,7 @@ Batch number n depends on the recipe and the seed alone, so a run that was kille
 very batches it would have had.
 """
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import count, islice
@@ -64,6 +65,10 @@ def load_corpora(data: Data) -> tuple[list[Clip], dict[str, int]]:
         for copy in range(corpus.repeat):
             for u in usable:
                 clips += _clips(u, f"{number}:{copy}:{u.id}", corpus.crop_words)
+    # A word or two cut out of a clean sentence may be the whole of a test's.
+    pieces, _ = without_leaks([replace(c.source, id=c.id, text=c.text) for c in clips], held_out)
+    clean_ids = {u.id for u in pieces}
+    clips = [clip for clip in clips if clip.id in clean_ids]
     if not clips:
         raise UsageError("data.train: no utterance is left after the leak check")
     return clips, dropped
@@ -103,19 +108,23 @@ class BatchOrder(Sampler[tuple[int, list[str]]]):
         return islice(enumerate(batches), self.start, None)
 
     def _endless(self, number: int, stage: Stage) -> Iterator[list[str]]:
-        # A list, so that every epoch shuffles the same order whatever was drawn before.
-        cuts = CutSet.from_cuts([cut for cut in self.cuts if cut.duration <= stage.max_seconds])
-        if not len(cuts):
+        shortest, longest = stage.min_seconds, stage.max_seconds
+        cuts = [cut for cut in self.cuts if shortest <= cut.duration <= longest]
+        if not cuts:
             raise UsageError(
-                f"data.stages.{number}: no training clip is under {stage.max_seconds} s"
+                f"data.stages.{number}: no training clip lasts {shortest} to {longest} s"
             )
         for epoch in count():
+            seed = self.seed + 7919 * number + epoch
+            # The sampler shuffles a window of 20,000 cuts, within which corpora would come one
+            # after another: so they are mixed before it sees them.
+            mixed = CutSet.from_cuts(random.Random(seed).sample(cuts, len(cuts)))
             sampler = DynamicBucketingSampler(
-                cuts,
+                mixed,
                 max_duration=stage.batch_seconds or self.data.batch_seconds,
                 num_buckets=min(10, len(cuts)),
                 shuffle=True,
-                seed=self.seed + 7919 * number + epoch,
+                seed=seed,
             )
             for batch in sampler:
                 yield [cut.id for cut in batch]

@@ -1,12 +1,6 @@
-"""The training loop: accelerate, gradient accumulation, resumable to the batch.
+"""The training loop: accelerate, gradient accumulation, resumable to the batch. One process."""
 
-The state to resume from is safetensors and JSON, written beside the old one and then swapped in,
-so a run killed at any moment finds a whole one.
-"""
-
-import json
 import math
-import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,11 +9,12 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from melprobe.errors import UsageError
 from melprobe.training.recipe import Optim, Recipe
+from melprobe.training.state import State, replace_folder
 
 
 class Task(Protocol):
@@ -30,6 +25,9 @@ class Task(Protocol):
 
     def batches(self, start: int) -> Iterable[tuple[int, Any]]:
         """(step, keyword arguments of the model) from batch `start` on."""
+
+    def loss(self, model: Any, batch: Any, step: int) -> Tensor:
+        """What to minimise; `model` is the task's own, made ready for the device."""
 
     def evaluate(self) -> dict[str, float]:
         """Measures on held-out data; `dev_loss` decides which checkpoint is best."""
@@ -56,30 +54,41 @@ def fit(task: Task, recipe: Recipe) -> list[dict[str, Any]]:
     )
     task.model.to(accelerator.device)
     optimizer = make_optimizer(task.model, recipe.optim, fused=accelerator.device.type == "cuda")
-    state = _State(recipe.out / "state", task.model, optimizer)
+    if accelerator.num_processes > 1:
+        raise UsageError("training runs in one process; start it with python, not with torchrun")
+    state = State(recipe.out / "state", task.model, optimizer)
     if accelerator.device.type == "cpu":
         # The backward pass of the fused attention kernel takes 4x as long on short sequences.
         task.model.set_attn_implementation("eager")
     if recipe.compile:
         for block in task.model.get_decoder().layers:  # one block's code serves them all
-            block.compile(dynamic=True)
+            if not block._forward_pre_hooks:  # hooks run outside of compiled code
+                block.compile(dynamic=True)
     model, optimizer = accelerator.prepare(task.model, optimizer)
     base_rates = [group["lr"] for group in optimizer.param_groups]
     writer = SummaryWriter(recipe.out / "tensorboard", purge_step=state.step)
     clock, saved = time.monotonic() - state.seconds, time.monotonic()
-    running: list[Tensor] = []
+    model.train()
     with _progress() as progress:
         bar = progress.add_task(recipe.out.name, total=recipe.steps, completed=state.step, note="")
         for step, batch in task.batches(state.step):
             scale = learning_rate_scale(step, recipe.steps, recipe.optim)
             for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
                 group["lr"] = rate * scale
-            running.append(_update(accelerator, model, optimizer, batch, recipe.optim.clip))
+            torch.manual_seed(recipe.seed + step)  # dropout, where the base has any
+            state.running.append(
+                _update(accelerator, task, model, optimizer, batch, step, recipe.optim.clip)
+            )
             state.step, state.seconds = step + 1, time.monotonic() - clock
             last = state.step == recipe.steps
             if state.step % recipe.log_every == 0 or last:
-                loss = torch.stack(running).mean().item()
-                running.clear()
+                loss = sum(state.running) / len(state.running)
+                state.running.clear()
+                if not math.isfinite(loss):
+                    raise UsageError(
+                        f"{recipe.out}: the loss is {loss} at step {state.step}; lower optim.lr "
+                        "and train again (the last state is from before)"
+                    )
                 state.note({"train_loss": loss, "lr_scale": scale}, writer)
                 progress.update(bar, note=f"loss {loss:.3f}")
                 if not progress.console.is_terminal:
@@ -90,28 +99,36 @@ def fit(task: Task, recipe: Recipe) -> list[dict[str, Any]]:
                 progress.print(state.log[-1])
                 if measured["dev_loss"] < state.best:
                     state.best = measured["dev_loss"]
-                    task.save(recipe.out / "best", state.log)
+                    replace_folder(recipe.out / "best", lambda best: task.save(best, state.log))
             at_update = state.step % recipe.optim.accumulate == 0
             if last or (at_update and time.monotonic() - saved > 60 * recipe.save_minutes):
                 state.save()
                 saved = time.monotonic()
             progress.update(bar, completed=state.step)
-    task.save(recipe.out / "last", state.log)
+    replace_folder(recipe.out / "last", lambda folder: task.save(folder, state.log))
     writer.close()
     return state.log
 
 
 def _update(
-    accelerator: Accelerator, model: nn.Module, optimizer: Any, batch: Any, clip: float
-) -> Tensor:
+    accelerator: Accelerator,
+    task: Task,
+    model: nn.Module,
+    optimizer: Any,
+    batch: Any,
+    step: int,
+    clip: float,
+) -> float:
+    on_device = {key: value.to(accelerator.device) for key, value in batch.items()}
     with accelerator.accumulate(model):
-        loss = model(**{key: value.to(accelerator.device) for key, value in batch.items()}).loss
+        with accelerator.autocast():
+            loss = task.loss(model, on_device, step)
         accelerator.backward(loss)
         if accelerator.sync_gradients:
             accelerator.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
-    return loss.detach()
+    return loss.item()
 
 
 def _evaluate(task: Task) -> dict[str, float]:
@@ -136,67 +153,6 @@ def make_optimizer(model: nn.Module, optim: Optim, *, fused: bool) -> torch.opti
         weight_decay=optim.weight_decay,
         fused=fused,
     )
-
-
-class _State:
-    """Step, clock, best score, log, trainable weights and optimiser moments, on disk and back."""
-
-    def __init__(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer):
-        self.folder = folder
-        self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = optimizer
-        self.step, self.seconds, self.best = 0, 0.0, float("inf")
-        self.log: list[dict[str, Any]] = []
-        old = folder.with_suffix(".old")
-        if not folder.exists() and old.exists():  # killed between the two renames
-            old.rename(folder)
-        if folder.exists():
-            self._load()
-
-    def note(self, measured: dict[str, float], writer: SummaryWriter) -> None:
-        """Add a line to the log: what was measured, at which step and second of training."""
-        self.log.append({"step": self.step, "seconds": round(self.seconds, 1), **measured})
-        for name, value in measured.items():
-            writer.add_scalar(name, value, self.step)
-
-    def save(self) -> None:
-        draft, old = self.folder.with_suffix(".draft"), self.folder.with_suffix(".old")
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        save_file(self._tensors(), draft / "state.safetensors")
-        fields = {"step": self.step, "seconds": self.seconds, "best": self.best, "log": self.log}
-        (draft / "state.json").write_text(json.dumps(fields))
-        shutil.rmtree(old, ignore_errors=True)
-        if self.folder.exists():
-            self.folder.rename(old)
-        draft.rename(self.folder)
-        shutil.rmtree(old, ignore_errors=True)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
-        for name, parameter in self.named.items():
-            tensors[name] = parameter.detach()
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"{name}@{key}"] = value
-        return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-
-    @torch.no_grad()
-    def _load(self) -> None:
-        fields = json.loads((self.folder / "state.json").read_text())
-        self.step, self.seconds = fields["step"], fields["seconds"]
-        self.best, self.log = fields["best"], fields["log"]
-        fused = self.optimizer.defaults["fused"]
-        for name, tensor in load_file(self.folder / "state.safetensors").items():
-            parameter_name, _, key = name.partition("@")
-            parameter = self.named[parameter_name]
-            if key:
-                # The step count lives on the CPU, unless the fused kernel reads it on the GPU.
-                on_cpu = key == "step" and not fused
-                self.optimizer.state[parameter][key] = (
-                    tensor if on_cpu else tensor.to(parameter.device)
-                )
-            else:
-                parameter.copy_(tensor)
 
 
 def _progress() -> Progress:

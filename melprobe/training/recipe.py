@@ -5,11 +5,11 @@ Any field can be overridden on the command line (`--optim.lr 3e-4`).
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from peft import LoraConfig
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from melprobe.audio.mel import Normalisation
 from melprobe.errors import UsageError
@@ -74,8 +74,9 @@ class Corpus(_Strict):
 
 class Stage(_Strict):
     steps: Annotated[int, Field(ge=1)]
+    min_seconds: Annotated[float, Field(ge=0)] = 0.0
     max_seconds: Annotated[float, Field(gt=0.1)] = 20.0
-    """Longer clips are left out of this stage: short clips teach the alignment first."""
+    """Clips outside these are left out of the stage: short clips teach the alignment first."""
     batch_seconds: Annotated[float, Field(gt=1)] | None = None
     """Audio in a batch; that of `data` when not given."""
 
@@ -90,6 +91,15 @@ class Data(_Strict):
     dev_clips: Annotated[int, Field(ge=1)] = 48
     """Clips taken from each dev manifest, spread evenly."""
     workers: Annotated[int, Field(ge=0)] = 1
+
+
+class CTC(_Strict):
+    """A CTC loss on speech positions beside the next-token loss, for the first steps."""
+
+    layer: Annotated[int, Field(ge=0)]
+    """The block after which it listens."""
+    weight: Annotated[float, Field(gt=0)] = 0.5
+    steps: Annotated[int, Field(ge=1)]
 
 
 class Augment(_Strict):
@@ -136,10 +146,19 @@ class SpeechRecipe(_Run):
     model: Model = Model()
     data: Data
     augment: Augment = Augment()
+    ctc: CTC | None = None
 
     @property
     def steps(self) -> int:
         return sum(stage.steps for stage in self.data.stages)
+
+    @model_validator(mode="after")
+    def _whole_updates(self) -> Self:
+        if self.steps % self.optim.accumulate:
+            raise ValueError(
+                f"{self.steps} steps are no multiple of optim.accumulate, {self.optim.accumulate}"
+            )
+        return self
 
 
 class TextRecipe(_Run):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import BatchFeature
 
 from melprobe.analysis.wer import corpus_wer, count_errors
@@ -17,6 +17,7 @@ from melprobe.corpus.text import plain_text
 from melprobe.model import checkpoint
 from melprobe.model.inference import answer_scores, transcribe
 from melprobe.model.processor import MelLLMFeatureExtractor
+from melprobe.training.ctc import SpeechCTC
 from melprobe.training.data import Clip, dev_clips, load_corpora, speech_loader
 from melprobe.training.recipe import SpeechRecipe
 
@@ -52,6 +53,7 @@ class SpeechTask:
             checkpoint.load_adapter_state(self.model, checkpoint.read_adapter(start), str(start))
         if recipe.precision == "bf16" and settings.lora:
             _frozen_linears_to_bf16(self.model)
+        self.ctc = self._make_ctc(recipe.ctc.layer) if recipe.ctc else None
         self.dev = {
             name: [(load_utterance(u), u.text) for u in clips]
             for name, clips in dev_clips(recipe.data.dev, recipe.data.dev_clips).items()
@@ -62,6 +64,18 @@ class SpeechTask:
         return speech_loader(
             self.clips, self.processor, recipe.data, recipe.augment, recipe.seed, start
         )
+
+    def loss(self, model: Any, batch: BatchFeature, step: int) -> Tensor:
+        """Next-token loss of the answers, and CTC beside it while the recipe asks for it."""
+        loss = model(**batch).loss
+        if self.ctc and self.recipe.ctc and step < self.recipe.ctc.steps:
+            loss = loss + self.recipe.ctc.weight * self.ctc.loss(batch)
+        return loss
+
+    def _make_ctc(self, layer: int) -> SpeechCTC:
+        texts = {plain_text(clip.text) for clip in self.clips}
+        tokens = {token for text in texts for token in self.processor.answer_ids(text)}
+        return SpeechCTC(self.model, layer, tokens, self.processor.tokenizer.eos_token_id)
 
     def evaluate(self) -> dict[str, float]:
         """Per dev manifest: NLL per answer token, the same with another clip's audio, and WER."""
