@@ -19,16 +19,16 @@ from rich.console import Console
 from rich.progress import Progress
 
 from melprobe.analysis.damage import score_skip_study
+from melprobe.analysis.protocol import answer_limit, check_out, choose
 from melprobe.analysis.sweep import SkipStudy, run_skip_study
 from melprobe.audio.load import SAMPLE_RATE, load_usable
 from melprobe.audio.patches import patch_rate
 from melprobe.corpus.manifest import Utterance, find_manifest, read_manifest
-from melprobe.corpus.text import plain_text
 from melprobe.errors import Parser, UsageError, run
 from melprobe.hooks.layers import format_layers, parse_layers
 from melprobe.hooks.positions import POSITIONS, Kind, check_positions
 from melprobe.listener import Listener, load
-from melprobe.model.checkpoint import DEFAULT, find_checkpoint, weights_file
+from melprobe.model.checkpoint import DEFAULT, find_checkpoint, read_config, weights_file
 from melprobe.report.examples import chosen_utterances, clip_path
 from melprobe.report.html import render
 from melprobe.report.reading import EACH_BLOCK
@@ -65,13 +65,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     options = parser().parse_args(words)
     check_positions(options.positions)
+    check_out(options.out)
     checkpoint = find_checkpoint(options.checkpoint)
     manifest = find_manifest(options.data)
     chosen = choose(read_manifest(manifest), options.limit, options.seed)
     usable, waves, left_out = load_usable(chosen, options.on_bad_audio)
-    n_layers = json.loads((checkpoint / "config.json").read_text())["text_config"][
-        "num_hidden_layers"
-    ]
+    n_layers = read_config(checkpoint).text_config.num_hidden_layers
     sets = layer_sets(options.skip_layers, n_layers)
     listener = load(checkpoint, device=options.device, dtype=DTYPES.get(options.dtype))
     if options.positions == "prompt" and not (listener.processor.before + listener.processor.after):
@@ -139,24 +138,6 @@ def unread_block(listener: Listener, positions: str) -> str | None:
     if {before_answer, Kind.ANSWER} & set(POSITIONS[positions]):
         return None
     return str(listener.n_layers - 1)
-
-
-def choose(utterances: list[Utterance], limit: int, seed: int) -> list[Utterance]:
-    """`limit` utterances drawn without replacement, in the manifest's order."""
-    if limit < 0:
-        raise UsageError(f"--limit {limit}: take a number of utterances, or 0 for all")
-    if seed < 0:
-        raise UsageError(f"--seed {seed}: take 0 or a positive number")
-    if not limit or limit >= len(utterances):
-        return utterances
-    places = np.random.default_rng(seed).choice(len(utterances), limit, replace=False)
-    return [utterances[i] for i in sorted(places)]
-
-
-def answer_limit(listener: Listener, utterances: list[Utterance]) -> int:
-    """Tokens after which every transcript is cut, under all conditions: half again the longest."""
-    lengths = [len(listener.processor.answer_ids(plain_text(u.text))) for u in utterances]
-    return max(lengths) * 3 // 2
 
 
 def default_out(options: Any, checkpoint: Path) -> Path:

@@ -14,21 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import extractOne
 from rich.console import Console
 from rich.progress import Progress
 
-from melprobe.ablate import answer_limit, choose
+from melprobe.analysis.protocol import answer_limit, check_out, choose
 from melprobe.analysis.statistics import Bootstrap
 from melprobe.analysis.sweep import swap_partners
 from melprobe.analysis.wer import WordErrors, corpus_wer, count_errors, normalise
 from melprobe.audio.load import SAMPLE_RATE, load_usable
 from melprobe.corpus.manifest import Utterance, find_manifest, read_manifest
 from melprobe.errors import Parser, UsageError, run
-from melprobe.listener import load
+from melprobe.listener import load, pick_device
 from melprobe.model.checkpoint import DEFAULT, find_checkpoint
 from melprobe.model.inference import batches_by_length
+from melprobe.training.data import load_corpora
+from melprobe.training.recipe import SpeechRecipe
 
 WHISPER = "whisper-base"
 Transcriber = Callable[[list[np.ndarray]], list[str]]
@@ -46,31 +49,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--device", help="cpu, cuda or cuda:N; the best there is by default")
     p.add_argument("--batch-seconds", type=float, default=80.0, help="padded audio in a batch")
     p.add_argument("--on-bad-audio", choices=("error", "skip"), default="error")
-    p.add_argument("--out", type=Path, help="folder for rows.jsonl and summary.json")
+    p.add_argument("--out", type=Path, help="folder for rows*.jsonl and summary.json")
     options = p.parse_args(argv)
+    check_out(options.out)
     chosen = choose(read_manifest(find_manifest(options.manifest)), options.limit, options.seed)
     usable, waves, left_out = load_usable(chosen, options.on_bad_audio)
     transcriber = make_transcriber(options.checkpoint, options.device, usable)
-    swapped = [waves[i] for i in swap_partners(usable)]
+    partners = partners_or_none(usable)
     with Progress(console=Console(stderr=True)) as progress:
-        bar = progress.add_task("listening", total=2 * len(usable))
+        bar = progress.add_task("listening", total=len(usable) * (2 if partners else 1))
         batched = Batched(transcriber, options.batch_seconds, lambda n: progress.advance(bar, n))
         rows = make_rows(usable, waves, *batched(waves))
-        heard_swapped, _ = batched(swapped)
+        swapped = swapped_rows(usable, waves, partners, batched) if partners else None
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (options.out / "rows.jsonl").write_text(lines)
+        write_rows(options.out / "rows.jsonl", rows)
+        write_rows(options.out / "rows_swapped.jsonl", swapped or [])
     summary = {
         "manifest": options.manifest,
         "checkpoint": options.checkpoint,
         **score(rows, [u.speaker for u in usable], options.seed),
-        "wer_swapped": corpus_wer(map(count_errors, (u.text for u in usable), heard_swapped)),
+        "wer_swapped": swapped and corpus_wer(map(row_errors, swapped)),
         "left_out": left_out,
     }
     if options.checkpoint != WHISPER:
         texts = training_texts(find_checkpoint(options.checkpoint))
-        summary["wer_nearest_training_transcript"] = texts and nearest_wer(usable, texts)
+        nearest = nearest_wer(usable, texts) if texts else None
+        summary["wer_nearest_training_transcript"] = nearest
     if options.out:
         (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary, indent=2))
@@ -103,7 +108,9 @@ def make_transcriber(checkpoint: str, device: str | None, usable: list[Utterance
     if checkpoint == WHISPER:
         from melprobe.model.ceiling import packaged_whisper_base, transcribe
 
+        place = pick_device(device)
         model, processor = packaged_whisper_base()
+        model.to(place)
         return lambda waves: transcribe(waves, model, processor)
     listener = load(checkpoint, device=device)
     limit = answer_limit(listener, usable)
@@ -126,9 +133,37 @@ def make_rows(
     ]
 
 
+def partners_or_none(usable: list[Utterance]) -> list[int] | None:
+    """Whose audio stands in for whose; None where no clip says anything else."""
+    try:
+        return swap_partners(usable)
+    except UsageError as error:
+        print(f"melprobe: no swapped control: {error}", file=sys.stderr)
+        return None
+
+
+def swapped_rows(
+    usable: list[Utterance], waves: list[np.ndarray], partners: list[int], batched: "Batched"
+) -> list[dict[str, Any]]:
+    """One row an utterance, `text_of`, with the partner whose audio was heard in its place."""
+    heard = [waves[i] for i in partners]
+    rows = make_rows([usable[i] for i in partners], heard, *batched(heard))
+    return [
+        {**row, "text": u.text, "text_of": str(u.id)} for row, u in zip(rows, usable, strict=True)
+    ]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def row_errors(row: dict[str, Any]) -> WordErrors:
+    return count_errors(row["text"], row["pred_text"])
+
+
 def score(rows: list[dict[str, Any]], speakers: list[str], seed: int) -> dict[str, Any]:
     """WER with a 95 % bootstrap interval, errors by kind, and RTFx, from rows alone."""
-    errors = [count_errors(row["text"], row["pred_text"]) for row in rows]
+    errors = [row_errors(row) for row in rows]
     bootstrap = Bootstrap(speakers, seed=seed)
     wer = bootstrap.rate([e.total for e in errors], [e.reference_words for e in errors])
     return {
@@ -143,14 +178,18 @@ def score(rows: list[dict[str, Any]], speakers: list[str], seed: int) -> dict[st
 
 
 def training_texts(checkpoint: Path) -> list[str]:
-    """Distinct transcripts the checkpoint was trained on; none where a corpus is not built here."""
+    """Distinct transcripts the checkpoint was trained on; none where a corpus is not built here.
+
+    Those of the clips that training really read: without leaks, cut into words where it did.
+    """
     try:
-        data = json.loads((checkpoint / "data.json").read_text())
-        manifests = [find_manifest(corpus["manifest"]) for corpus in data["manifests"]]
-    except (FileNotFoundError, UsageError) as error:
-        print(f"melprobe: no nearest-transcript control: {error}", file=sys.stderr)
+        recipe = SpeechRecipe.model_validate_json((checkpoint / "recipe.json").read_bytes())
+        clips, _ = load_corpora(recipe.data)
+    except (OSError, ValidationError, UsageError) as error:
+        reason = str(error).splitlines()[0]
+        print(f"melprobe: no nearest-transcript control: {reason}", file=sys.stderr)
         return []
-    return sorted({normalise(u.text) for path in manifests for u in read_manifest(path)})
+    return sorted({normalise(clip.text) for clip in clips})
 
 
 def nearest_wer(utterances: list[Utterance], texts: list[str]) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from melprobe.audio.load import SAMPLE_RATE, BadAudio, load_wave
-from melprobe.errors import Parser, run
+from melprobe.errors import Parser, UsageError, run
 from melprobe.listener import load
 from melprobe.model.checkpoint import DEFAULT
 
@@ -21,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--max-new-tokens", type=int, default=128)
     p.add_argument("--on-bad-audio", choices=("error", "skip"), default="error")
     options = p.parse_args(argv)
+    if options.max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens {options.max_new_tokens}: take 1 or more")
     waves = {}
     for path in options.files:
         try:

@@ -15,6 +15,7 @@ from melprobe.wheels import check_sha256, fetch_members
 
 def test_names_resolve_to_folders_or_hub_ids(tmp_path, monkeypatch):
     monkeypatch.setattr(base, "MINI_BASE", tmp_path)
+    (tmp_path / "config.json").write_text("{}")
     assert base.resolve_base("mini-base") == tmp_path
     assert base.resolve_base(str(tmp_path)) == tmp_path
     monkeypatch.setattr(base, "snapshot_download", lambda name, **_: f"{tmp_path}/{name}")

@@ -110,5 +110,5 @@ def test_the_judge_hears_the_built_in_speech():
     texts = ceiling.transcribe([load_utterance(clip) for clip in clips], model, processor)
     errors = [count_errors(clip.text, text) for clip, text in zip(clips, texts, strict=True)]
     assert corpus_wer(errors) < 0.3
-    with pytest.raises(UsageError, match=r"clip of 31\.0 s"):
+    with pytest.raises(UsageError, match=r"clip lasts 31\.0 s"):
         ceiling.transcribe([np.zeros(31 * 16_000, np.float32)], model, processor)

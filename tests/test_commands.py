@@ -1,54 +1,27 @@
-"""The commands as a user runs them: ablate, evaluate, transcribe; good input and bad."""
+"""The layer-skip study and the bench as a user runs them; good input and bad."""
 
 import json
 import shutil
 
-import numpy as np
 import pandas as pd
 import pytest
-import soundfile
 import torch
-from transformers import LlamaForCausalLM
 
-from melprobe import ablate, bench, evaluate, transcribe
+from melprobe import ablate, bench
 from melprobe.analysis.sweep import swap_partners
 from melprobe.analysis.wer import count_errors
-from melprobe.corpus.manifest import Utterance, write_manifest
+from melprobe.corpus.manifest import Utterance
 from melprobe.errors import UsageError
-from melprobe.model import checkpoint
 from melprobe.report.html import render
-from melprobe.training.recipe import Lora
-from tests.tiny import N_LAYERS, WORDS, tiny_config, tiny_listener, waves
-
-N = 6
+from tests.tiny import N_CLIPS as N
+from tests.tiny import N_LAYERS, tiny_checkpoint, tiny_listener, waves
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """An untrained adapter checkpoint in `model`, and a manifest of noise with texts."""
     place = tmp_path_factory.mktemp("commands")
-    torch.manual_seed(0)
-    LlamaForCausalLM(tiny_config().text_config).save_pretrained(place / "base")
-    lm = tiny_listener()
-    lm.processor.tokenizer.save_pretrained(place / "base")
-    model, processor = checkpoint.create(
-        str(place / "base"),
-        lm.processor.feature_extractor,
-        prompt=("", "<|answer|>"),
-        lora=Lora(rank=2).to_peft(),
-    )
-    torch.nn.init.normal_(model.audio_front.projection.weight, std=0.05)
-    checkpoint.save(model, processor, place / "model")
-    corpora = {"manifests": [{"manifest": str(place / "train.jsonl"), "repeat": 1}]}
-    (place / "model" / "data.json").write_text(json.dumps(corpora))
-    utterances = []
-    for i, wave in enumerate(waves(*np.linspace(0.4, 0.9, N))):
-        path = place / f"{i}.flac"
-        soundfile.write(path, wave, 16_000)
-        text = f"{WORDS[i]} {WORDS[i + 1]} please"
-        utterances.append(Utterance(path.name, path, text, len(wave) / 16_000, "noise"))
-    write_manifest(place / "data.jsonl", utterances)
-    write_manifest(place / "train.jsonl", utterances[:1])
+    tiny_checkpoint(place)
     return place
 
 
@@ -193,6 +166,15 @@ def test_bad_input_to_ablate_is_one_line(folder, words, message):
     assert not (folder / "bad").exists()
 
 
+def test_what_is_no_folder_of_a_mel_llm_is_named(folder):
+    command = ["--skip-layers", "--data", str(folder / "data.jsonl"), "--checkpoint"]
+    with pytest.raises(UsageError, match=r"base/config.json: this is a llama model, not a Mel-LLM"):
+        ablate.main([*command, str(folder / "base")])
+    (folder / "mine").write_text("results")
+    with pytest.raises(UsageError, match=r"--out .*mine: this is a file; name a folder"):
+        ablate.main(arguments(folder, "--skip-layers", "--out", str(folder / "mine")))
+
+
 def test_other_settings_in_the_same_folder_are_refused(folder, sweep):
     with pytest.raises(UsageError, match="positions"):
         ablate.main(arguments(folder, "--skip-layers", "--positions", "text", "--out", str(sweep)))
@@ -223,42 +205,6 @@ def test_swapped_clips_say_something_else_and_are_of_like_length(folder):
     assert swap_partners(utterances) == [2, 2, 1, 2]
     with pytest.raises(UsageError, match="every clip says the same"):
         swap_partners(utterances[:2])
-
-
-def test_evaluate_writes_rows_first_and_scores_from_them(folder, capsys):
-    evaluate.main(
-        [
-            str(folder / "data.jsonl"),
-            "--checkpoint",
-            str(folder / "model"),
-            "--out",
-            str(folder / "e"),
-        ]
-    )
-    summary = json.loads(capsys.readouterr().out)
-    rows = [json.loads(line) for line in (folder / "e" / "rows.jsonl").read_text().splitlines()]
-    assert [set(row) for row in rows] == [
-        {"audio_filepath", "duration", "time", "text", "pred_text"}
-    ] * N
-    errors = [count_errors(row["text"], row["pred_text"]) for row in rows]
-    words = sum(e.reference_words for e in errors)
-    assert summary["wer"] == pytest.approx(sum(e.total for e in errors) / words)
-    assert summary["wer_ci"][0] <= summary["wer"] <= summary["wer_ci"][1]
-    # One training text, "the press please": every other clip shares a word or two with it.
-    assert 0 < summary["wer_nearest_training_transcript"] < 1
-
-
-def test_transcribe_prints_one_line_a_file(folder, capsys):
-    files = [str(folder / "0.flac"), str(folder / "1.flac")]
-    transcribe.main([*files, "--checkpoint", str(folder / "model"), "--max-new-tokens", "4"])
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["audio_filepath"] for row in rows] == files
-    assert [row["duration"] for row in rows] == [0.4, 0.5]
-
-
-def test_transcribe_names_a_missing_file(folder):
-    with pytest.raises(UsageError, match=r"nothing.wav"):
-        transcribe.main(["nothing.wav", "--checkpoint", str(folder / "model")])
 
 
 def test_the_mel_bench_prints_what_it_promises(capsys):

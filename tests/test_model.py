@@ -1,29 +1,19 @@
-"""The Mel-LLM as a model: padding, patches, attention, saving and strict loading."""
+"""The Mel-LLM as a model and its processor: padding, patches, attention, decoding, batches."""
 
 import copy
-import json
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoProcessor,
-    Gemma3TextConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    Phi3Config,
-    Qwen3Config,
-)
+from transformers import Gemma3TextConfig, MistralConfig, Phi3Config, Qwen3Config
 
+from melprobe.corpus.text import plain_text
 from melprobe.errors import UsageError
 from melprobe.listener import Listener
-from melprobe.model import checkpoint
 from melprobe.model.config import MelLLMConfig
 from melprobe.model.modelling import MelLLMForConditionalGeneration
 from melprobe.model.processor import MelLLMFeatureExtractor, MelLLMProcessor
-from melprobe.training.recipe import Lora
-from tests.tiny import tiny_config, tiny_listener, waves
+from melprobe.training.text import train_tokenizer
+from tests.tiny import WORDS, tiny_listener, waves
 
 TEXTS = ["please hold", "the new number three"]
 SMALL = {
@@ -105,6 +95,33 @@ def test_too_few_placeholders_are_refused():
         lm.model(**batch)
 
 
+def test_a_clip_longer_than_the_decoder_is_refused_by_name_and_length():
+    lm = tiny_listener(frames_per_patch=1)  # 512 positions
+    clips = waves(1.0, 5.2)
+    for listen in (lm.transcribe, lambda waves: lm.score(waves, TEXTS)):
+        with pytest.raises(UsageError, match=r"clip 2 of 2 .*\(5\.2 s\) takes 5\d\d .* has 512"):
+            listen(clips)
+    assert len(lm.transcribe(waves(1.0, 4.9), 4)) == 2
+
+
+def test_what_runs_past_the_last_position_while_decoding_is_refused():
+    lm = tiny_listener(frames_per_patch=1)
+    inputs = lm.processor(waves(5.0))
+    room = 512 - inputs["input_ids"].shape[1]
+    lm.model.generate(**inputs, do_sample=False, min_new_tokens=room, max_new_tokens=room)
+    with pytest.raises(UsageError, match="takes 513 positions"):
+        lm.model.generate(**inputs, do_sample=False, min_new_tokens=room + 2, max_length=600)
+
+
+def test_transcripts_are_greedy_whatever_the_generation_config_says():
+    lm, clips = tiny_listener(), waves(1.0, 0.6)
+    plain = lm.transcribe(clips, 12)
+    habits = {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "do_sample": True}
+    lm.model.generation_config.update(**habits, top_k=50, num_beams=3, min_new_tokens=12)
+    assert lm.transcribe(clips, 12) == plain
+    assert lm.model.generation_config.num_beams == 3
+
+
 def test_loss_is_the_mean_over_the_answer_tokens():
     lm = tiny_listener()
     batch = lm.processor(waves(1.0, 0.6), TEXTS)
@@ -115,66 +132,6 @@ def test_loss_is_the_mean_over_the_answer_tokens():
     labels = batch.pop("labels")
     full = lm.model(**batch).logits[:, :-1][labels[:, 1:] != -100]
     assert torch.allclose(full, scores.logits, atol=1e-5)
-
-
-def test_a_saved_model_loads_through_the_auto_classes(tmp_path):
-    lm = tiny_listener(audio_front="conv")
-    lm.model.save_pretrained(tmp_path)
-    lm.processor.save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    processor = AutoProcessor.from_pretrained(tmp_path)
-    batch = lm.processor(waves(0.8), TEXTS[:1])
-    again = processor(waves(0.8), TEXTS[:1])
-    assert all(torch.equal(batch[key], again[key]) for key in batch)
-    assert torch.equal(model(**again).logits, lm.model(**batch).logits)
-
-
-@pytest.fixture
-def base(tmp_path):
-    lm = tiny_listener()
-    folder = tmp_path / "base"
-    LlamaForCausalLM(tiny_config().text_config).save_pretrained(folder)
-    lm.processor.tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def trained(base, tmp_path):
-    """An adapter checkpoint with made-up LoRA weights, saved in float32."""
-    extractor = tiny_listener().processor.feature_extractor
-    model, processor = checkpoint.create(str(base), extractor, lora=Lora(rank=2).to_peft())
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    checkpoint.save(model, processor, tmp_path / "trained", torch.float32)
-    return model.eval(), processor, tmp_path / "trained"
-
-
-@pytest.mark.parametrize("merge", [False, True])
-def test_an_adapter_checkpoint_comes_back_the_same(trained, merge):
-    model, processor, folder = trained
-    again, processor_again = checkpoint.load(folder, merge=merge)
-    batch = processor(waves(0.8), TEXTS[:1])
-    assert torch.equal(batch["input_ids"], processor_again(waves(0.8), TEXTS[:1])["input_ids"])
-    assert torch.allclose(again(**batch).logits, model(**batch).logits, atol=1e-5)
-    assert isinstance(
-        MelLLMForConditionalGeneration.from_pretrained(folder), MelLLMForConditionalGeneration
-    )
-
-
-def test_a_model_tuned_whole_is_saved_whole(base, tmp_path):
-    extractor = tiny_listener().processor.feature_extractor
-    model, processor = checkpoint.create(str(base), extractor, frames_per_patch=4)
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    checkpoint.save(model, processor, tmp_path / "whole", torch.float32)
-    again, processor_again = checkpoint.load(tmp_path / "whole")
-    batch = processor_again(waves(0.8), TEXTS[:1])
-    assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
-    state = load_file(tmp_path / "whole" / "model.safetensors")
-    del state["audio_front.projection.bias"]
-    save_file(state, tmp_path / "whole" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UsageError, match=r"1 tensors missing .* audio_front.projection.bias"):
-        checkpoint.load(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
@@ -202,6 +159,39 @@ def test_any_causal_lm_will_do(text_config):
         assert torch.equal(cached, other.model.generate(**inputs, **options, use_cache=False))
 
 
+def test_a_single_wave_is_a_batch_of_one():
+    processor, (clip,) = tiny_listener().processor, waves(0.8)
+    for text, texts in ((None, None), ("please hold", ["please hold"])):
+        batch = processor([clip], texts, return_tensors="pt")
+        for wave in (clip, torch.from_numpy(clip)):
+            alone = processor(wave, text)
+            assert all(torch.equal(batch[key], alone[key]) for key in batch)
+    with pytest.raises(ValueError, match="return_tensors='np': there are torch tensors only"):
+        processor(clip, return_tensors="np")
+
+
+def test_a_batch_is_decoded_without_special_tokens():
+    processor = tiny_listener().processor
+    end = processor.tokenizer.eos_token
+    ids = [processor.answer_ids("please hold"), [processor.audio_token_id]]
+    assert processor.batch_decode(ids) == ["please hold", ""]
+    assert processor.batch_decode(ids, skip_special_tokens=True) == ["please hold", ""]
+    assert processor.decode(ids[0], skip_special_tokens=False) == f"please hold{end}"
+
+
+def test_a_bases_own_extra_tokens_survive():
+    tokenizer = train_tokenizer([" ".join(WORDS)], 300)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|call|>"]})
+    processor = MelLLMProcessor(MelLLMFeatureExtractor(), tokenizer)
+    assert "<|call|>" in tokenizer.all_special_tokens
+    special = [processor.audio_token_id, tokenizer.convert_tokens_to_ids("<|call|>")]
+    assert processor.decode(special) == ""
+
+
+def test_plain_text_keeps_letters_however_their_accents_are_written():
+    assert plain_text("Cafe\u0301, ZU\u0308RICH!") == plain_text("Café, Zürich") == "café zürich"
+
+
 def test_a_tokenizer_without_bos_and_padding_uses_its_end_token():
     tokenizer = copy.deepcopy(tiny_listener().processor.tokenizer)
     tokenizer.bos_token = tokenizer.pad_token = None
@@ -210,40 +200,6 @@ def test_a_tokenizer_without_bos_and_padding_uses_its_end_token():
     padding = ~batch["attention_mask"].bool()
     assert padding.any() and (batch["input_ids"][padding] == tokenizer.eos_token_id).all()
     assert (batch["labels"][padding] == -100).all()
-
-
-def test_only_front_and_adapter_are_trained_and_saved(trained):
-    model = trained[0]
-    named = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert named == set(checkpoint.adapter_state(model))
-    assert all(name.startswith("audio_front.") or "lora_" in name for name in named)
-
-
-def test_another_base_is_refused(trained, base):
-    torch.manual_seed(1)
-    LlamaForCausalLM(tiny_config().text_config).save_pretrained(base)
-    with pytest.raises(UsageError, match=r"whose weights hash to .* restore that base"):
-        checkpoint.load(trained[2])
-
-
-def test_a_missing_tensor_is_named(trained):
-    model, _, folder = trained
-    state = checkpoint.adapter_state(model)
-    del state["audio_front.projection.bias"]
-    with pytest.raises(UsageError, match=r"1 tensors .* audio_front.projection.bias"):
-        checkpoint.load_adapter_state(model, state, str(folder))
-
-
-def test_a_truncated_adapter_is_refused(trained):
-    file = trained[2] / checkpoint.ADAPTER
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UsageError, match="damaged"):
-        checkpoint.load(trained[2])
-
-
-def test_an_unknown_checkpoint_lists_what_there_is():
-    with pytest.raises(UsageError, match="no checkpoint 'mel-maxi'; there is: "):
-        checkpoint.load("mel-maxi")
 
 
 @pytest.mark.parametrize(
@@ -257,8 +213,3 @@ def test_an_unknown_checkpoint_lists_what_there_is():
 def test_a_wrong_choice_is_refused_when_the_config_is_made(field, value, message):
     with pytest.raises(UsageError, match=message):
         MelLLMConfig(**{field: value})
-
-
-def test_the_checkpoint_names_its_base(trained, base):
-    config = json.loads((trained[2] / "config.json").read_text())
-    assert config["base"] == str(base) and len(config["base_sha256"]) == 64

@@ -9,12 +9,12 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from synthetic_run import sweep_damages, synthetic_layer, synthetic_results, write_run
 
 from melprobe.errors import UsageError
 from melprobe.report import examples, reading
 from melprobe.report.__main__ import main
 from melprobe.report.html import render
+from tests.synthetic_run import sweep_damages, synthetic_layer, synthetic_results, write_run
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,13 @@
 """Facts that skipping a block must satisfy, against rebuilt models and independent tools."""
 
 import copy
-import re
 
 import pytest
 import torch
 from torch import nn
 
-from melprobe.errors import UsageError
-from melprobe.hooks.layers import decoder_blocks, format_layers, parse_layers
-from melprobe.hooks.positions import Kind, position_kinds, selected
+from melprobe.hooks.layers import decoder_blocks
+from melprobe.hooks.positions import position_kinds, selected
 from tests.tiny import N_LAYERS, tiny_listener, waves, without_layer
 
 TEXTS = ["please hold", "the new number three", "one"]
@@ -51,11 +49,47 @@ def test_the_empty_skip_is_the_baseline_bit_for_bit(lm, clips):
 
 
 @pytest.mark.parametrize("positions", ["bos", "prompt", "speech", "answer", "text", "all"])
-def test_each_kind_of_position_changes_the_answer_and_leaving_restores_it(lm, clips, positions):
-    plain = logits(lm, clips)
+def test_a_skip_changes_the_positions_of_its_kind_and_no_others(lm, clips, positions):
+    inputs = lm.processor(clips, TEXTS)
+    kinds = position_kinds(
+        inputs["input_ids"], lm.processor.audio_token_id, inputs["attention_mask"], inputs["labels"]
+    )
+    where, plain = selected(kinds, positions), logits(lm, clips)
+    before, after = first_block(lm, inputs)
     with lm.skip({0}, positions):
+        skipped = first_block(lm, inputs)
         assert not torch.equal(logits(lm, clips), plain)
+    assert where.any() and torch.equal((skipped[1] != after).any(-1), where)
+    assert torch.equal(skipped[1][where], before[where])
     assert torch.equal(logits(lm, clips), plain)
+
+
+def first_block(lm, inputs):
+    """What goes into block 0 and what comes out."""
+    seen = []
+    block = decoder_blocks(lm.model)[0]
+    handle = block.register_forward_hook(lambda module, args, out: seen.extend((args[0], out)))
+    lm.model(**inputs)
+    handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("positions", ["speech", "all"])
+def test_what_stands_in_the_padding_before_a_prompt_changes_nothing(lm, clips, positions):
+    inputs = lm.processor(clips)
+    padding = ~inputs["attention_mask"].bool()[..., None]
+    assert padding[:, 0].any() and not padding[:, -1].any()
+    options = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
+
+    def poison(module, args, output):
+        return output.masked_fill(padding, 1e4)
+
+    with lm.skip({1}, positions):
+        plain = lm.model.generate(**inputs, do_sample=False, **options).logits
+        handle = lm.model.get_input_embeddings().register_forward_hook(poison)
+        poisoned = lm.model.generate(**inputs, do_sample=False, **options).logits
+        handle.remove()
+    assert torch.equal(torch.stack(poisoned), torch.stack(plain))
 
 
 def test_an_exception_restores_the_model(lm, clips):
@@ -67,12 +101,22 @@ def test_an_exception_restores_the_model(lm, clips):
     assert not any(block._forward_hooks for block in decoder_blocks(lm.model))
 
 
-@pytest.mark.parametrize("positions", ["speech", "text", "all"])
+@pytest.mark.parametrize("positions", ["bos", "speech", "text", "all"])
 @pytest.mark.parametrize("layers", [{0}, {1, 3}])
 def test_cached_decoding_equals_uncached_under_skipping(lm, clips, positions, layers):
     with lm.skip(layers, positions):
         cached = greedy_ids(lm, clips)
         assert torch.equal(cached, greedy_ids(lm, clips, use_cache=False))
+
+
+@pytest.mark.parametrize("positions", ["answer", "prompt"])
+def test_answers_that_cannot_be_told_from_the_prompt_are_refused(lm, clips, positions):
+    with lm.skip({1}, positions):
+        cached = greedy_ids(lm, clips)
+        with pytest.raises(ValueError, match=f"'{positions}': without a cache, prompt and answer"):
+            greedy_ids(lm, clips, use_cache=False)
+        assert torch.equal(greedy_ids(lm, clips), cached)
+        lm.model(**lm.processor(clips, TEXTS), use_cache=False)  # labels tell them apart
 
 
 def test_cached_decoding_equals_teacher_forcing_under_skipping(lm, clips):
@@ -156,41 +200,6 @@ def test_skip_equals_nnsights_to_zero(lm, clips):
         theirs = other.output.logits.save()
     with lm.skip({1}):
         assert torch.equal(lm.model(**inputs).logits, theirs)
-
-
-def test_positions_are_named_after_the_token_that_stands_there():
-    ids = torch.tensor([[9, 0, 7, 7, 5, 6, 1], [0, 7, 5, 6, 1, 9, 9]])
-    mask = (ids != 9).long()
-    labels = torch.where((ids == 6) | (ids == 1), ids, -100)
-    kinds = position_kinds(ids, 7, mask, labels)
-    p, b, t, s, a = Kind.PADDING, Kind.BOS, Kind.PROMPT, Kind.SPEECH, Kind.ANSWER
-    assert kinds.tolist() == [[p, b, s, s, t, a, a], [b, s, t, a, a, p, p]]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("3,9", "blocks 0 to 3"),
-        ("", "'' is not a number"),
-        ("2-1", "runs backwards"),
-        ("a", "'a' is not a number"),
-    ],
-)
-def test_bad_layers_say_what_there_is(text, message):
-    with pytest.raises(UsageError, match=re.escape(message)):
-        parse_layers(text, N_LAYERS)
-
-
-def test_layers_are_parsed_and_written_alike():
-    assert parse_layers("3,0-1", N_LAYERS) == [0, 1, 3]
-    assert format_layers([3, 5, 6, 7, 8, 1]) == "1,3,5-8"
-
-
-def test_unknown_positions_and_layers_are_refused(lm):
-    with pytest.raises(UsageError, match="speech, answer, text, all"), lm.skip({0}, "vowels"):
-        pass
-    with pytest.raises(UsageError, match="blocks 0 to 3"), lm.skip({4}):
-        pass
 
 
 def test_skip_equals_transformer_lens(lm, clips):

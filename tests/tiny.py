@@ -1,13 +1,20 @@
 """A Mel-LLM small enough to make in a test: four blocks, random weights, its own tokenizer."""
 
+import json
+from pathlib import Path
+
 import numpy as np
+import soundfile
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from melprobe.corpus.manifest import Utterance, write_manifest
 from melprobe.listener import Listener
+from melprobe.model import checkpoint
 from melprobe.model.config import MelLLMConfig
 from melprobe.model.modelling import MelLLMForConditionalGeneration
 from melprobe.model.processor import MelLLMFeatureExtractor, MelLLMProcessor
+from melprobe.training.recipe import Corpus, Data, Lora, SpeechRecipe, Stage
 from melprobe.training.text import train_tokenizer
 
 WORDS = [
@@ -25,6 +32,7 @@ WORDS = [
     "your",
 ]
 N_LAYERS = 4
+N_CLIPS = 6
 
 
 def tiny_config(**fields: object) -> MelLLMConfig:
@@ -95,3 +103,36 @@ def without_layer(listener: Listener, layer: int) -> Listener:
         state[".".join(parts)] = tensor
     rebuilt.load_state_dict(state, strict=True)
     return Listener(rebuilt.eval(), listener.processor)
+
+
+def tiny_checkpoint(place: Path) -> None:
+    """An untrained adapter checkpoint in `model`, and manifests of noise with texts beside it.
+
+    `data.jsonl` holds all clips. Of the two in `train.jsonl`, `dev.jsonl` holds the second.
+    """
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_config().text_config).save_pretrained(place / "base")
+    lm = tiny_listener()
+    lm.processor.tokenizer.save_pretrained(place / "base")
+    model, processor = checkpoint.create(
+        str(place / "base"),
+        lm.processor.feature_extractor,
+        prompt=("", "<|answer|>"),
+        lora=Lora(rank=2).to_peft(),
+    )
+    torch.nn.init.normal_(model.audio_front.projection.weight, std=0.05)
+    checkpoint.save(model, processor, place / "model")
+    utterances = []
+    for i, wave in enumerate(waves(*np.linspace(0.4, 0.9, N_CLIPS))):
+        path = place / f"{i}.flac"
+        soundfile.write(path, wave, 16_000)
+        text = f"{WORDS[i]} {WORDS[i + 1]} please"
+        utterances.append(Utterance(path.name, path, text, len(wave) / 16_000, "noise"))
+    write_manifest(place / "data.jsonl", utterances)
+    write_manifest(place / "train.jsonl", [utterances[0], utterances[3]])
+    write_manifest(place / "dev.jsonl", [utterances[3]])
+    corpus = Corpus(manifest=str(place / "train.jsonl"))
+    data = Data(train=(corpus,), dev=(str(place / "dev.jsonl"),), stages=(Stage(steps=1),))
+    recipe = SpeechRecipe(out=place / "run", data=data)
+    (place / "model" / "recipe.json").write_text(recipe.model_dump_json())
+    (place / "model" / "data.json").write_text(json.dumps({"manifests": [corpus.model_dump()]}))

@@ -8,8 +8,18 @@ from melprobe.errors import UsageError
 
 
 def decoder_blocks(model: nn.Module) -> nn.ModuleList:
-    """The decoder blocks of a model that has transformers' `get_decoder()`."""
-    return model.get_decoder().layers  # type: ignore[operator, union-attr, return-value]
+    """The decoder blocks of a model that has transformers' `get_decoder()`.
+
+    Raises UsageError for a decoder that keeps them elsewhere (GPT-2's `h`).
+    """
+    decoder = model.get_decoder()  # type: ignore[operator]
+    blocks = getattr(decoder, "layers", None)
+    if not isinstance(blocks, nn.ModuleList):
+        raise UsageError(
+            f"{type(decoder).__name__} has no list of blocks named `layers`: take a base that has, "
+            "such as Llama, Qwen, Mistral, Gemma or Phi"
+        )
+    return blocks
 
 
 def parse_layers(text: str, n_layers: int) -> list[int]:

@@ -77,12 +77,14 @@ class PositionTracker:
     """Knows the kinds of the positions that the running forward pass computes.
 
     In prefill and in teacher forcing they follow from the inputs; every later decoding step
-    computes answer positions only.
+    computes answer positions only. Decoding without a cache runs over the whole sequence again
+    and again, and nothing in it tells the answer from the prompt.
     """
 
     def __init__(self, audio_token_id: int):
         self.audio_token_id = audio_token_id
         self._kinds: Tensor | None = None
+        self._answer_is_marked = True
 
     @property
     def kinds(self) -> Tensor:
@@ -90,6 +92,19 @@ class PositionTracker:
         if self._kinds is None:
             raise RuntimeError("the decoder ran without the model around it: kinds are unknown")
         return self._kinds
+
+    def selected(self, positions: str) -> Tensor:
+        """(B, S) bool: the positions of these kinds in the current forward pass.
+
+        Raises ValueError where prompt and answer must be told apart and can't be.
+        """
+        chosen = POSITIONS[check_positions(positions)]
+        if not self._answer_is_marked and (Kind.PROMPT in chosen) != (Kind.ANSWER in chosen):
+            raise ValueError(
+                f"positions {positions!r}: without a cache, prompt and answer can't be told apart; "
+                "drop use_cache=False, give labels, or take positions 'text'"
+            )
+        return selected(self.kinds, positions)
 
     @contextmanager
     def watching(self, model: MelLLMForConditionalGeneration) -> Iterator["PositionTracker"]:
@@ -107,8 +122,11 @@ class PositionTracker:
             raise ValueError("interventions find positions in input_ids; inputs_embeds has none")
         past = kwargs.get("past_key_values")
         if past is not None and past.get_seq_length() > 0:
+            self._answer_is_marked = True
             self._kinds = torch.full_like(input_ids, Kind.ANSWER)
             return
+        labels = kwargs.get("labels")
+        self._answer_is_marked = labels is not None or kwargs.get("use_cache") is not False
         self._kinds = position_kinds(
-            input_ids, self.audio_token_id, kwargs.get("attention_mask"), kwargs.get("labels")
+            input_ids, self.audio_token_id, kwargs.get("attention_mask"), labels
         )

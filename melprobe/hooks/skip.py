@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from melprobe.hooks.layers import check_layers, decoder_blocks
-from melprobe.hooks.positions import PositionTracker, check_positions, selected
+from melprobe.hooks.positions import PositionTracker, check_positions
 from melprobe.model.modelling import MelLLMForConditionalGeneration
 
 
@@ -36,7 +36,7 @@ def skip(
 
     def keep_input(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         before, after = _residuals(args, kwargs, output)
-        where = selected(tracker.kinds, positions)[..., None]
+        where = tracker.selected(positions)[..., None]
         return _with_residual(output, torch.where(where, before, after))
 
     with ExitStack() as stack:
@@ -52,6 +52,9 @@ class BlockChange:
 
     cosine[l]: one (B,) tensor per forward pass, the mean over positions of cos(h_l, h_{l+1});
     angle[l]: likewise of arccos cos(h_l, h_{l+1}) / π.
+
+    2403.17887 takes the angular distance at each sample's last token only; this one is the mean
+    over all chosen positions of a clip, and whoever reports it means over clips.
     """
 
     def __init__(self, n_layers: int):
@@ -75,7 +78,7 @@ def watch_blocks(
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             before, after = _residuals(args, kwargs, output)
             cosine = F.cosine_similarity(before.float(), after.float(), dim=-1).clamp(-1, 1)
-            where = selected(tracker.kinds, positions)
+            where = tracker.selected(positions)
             n = where.sum(1)
             change.cosine[layer].append((cosine * where).sum(1) / n)
             change.angle[layer].append((cosine.arccos() / torch.pi * where).sum(1) / n)

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -68,6 +69,7 @@ def resolve_base(name: str) -> Path:
         return packaged_smollm2()
     folder = MINI_BASE if name == "mini-base" else Path(name).expanduser()
     if name and folder.is_dir():
+        read_json(folder / "config.json")
         return folder
     if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         return _from_hub(name)
@@ -83,6 +85,19 @@ def _from_hub(name: str) -> Path:
     except (OSError, HfHubHTTPError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"{name}: the hub does not give it ({reason})") from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model folder; UsageError names the file that is no such."""
+    try:
+        found = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UsageError(f"{file}: missing, so {file.parent} is no whole model folder") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file}: damaged ({error}); fetch it again") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{file}: damaged (no JSON object); fetch it again")
+    return found
 
 
 def base_sha256(folder: Path) -> str:

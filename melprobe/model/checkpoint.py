@@ -6,28 +6,33 @@ adapter only; they name their base model and the hash of its weights, and refuse
 
 import copy
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft import LoraConfig
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from melprobe.errors import UsageError
-from melprobe.model.base import base_sha256, resolve_base
-from melprobe.model.config import MelLLMConfig
+from melprobe.model.adapter import (
+    ADAPTER,
+    adapter_state,
+    add_lora,
+    load_adapter_state,
+    merge_lora,
+    read_adapter,
+)
+from melprobe.model.base import base_sha256, read_json, resolve_base
+from melprobe.model.config import MelLLMConfig, token_ids_only
 from melprobe.model.front import match_scale
 from melprobe.model.modelling import MelLLMForConditionalGeneration
 from melprobe.model.processor import MelLLMFeatureExtractor, MelLLMProcessor
 
-ADAPTER = "adapter.safetensors"
 CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
 DEFAULT = "mel-smol"
+SETTINGS = "melprobe.json"
 
 
 def create(
@@ -61,27 +66,10 @@ def create(
     model.language_model = language_model
     model.audio_front = type(model.audio_front)(mel_config)
     match_scale(model.audio_front, language_model.get_input_embeddings().weight)
-    model.generation_config = language_model.generation_config
+    model.generation_config = token_ids_only(language_model.generation_config)
     if lora:
         add_lora(model, lora)
     return model, processor
-
-
-def add_lora(model: MelLLMForConditionalGeneration, lora: LoraConfig) -> None:
-    """Put a LoRA adapter into the language model in place and freeze the rest of it."""
-    inject_adapter_in_model(lora, model.language_model)
-    for name, parameter in model.language_model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    model.lora_config = lora
-
-
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """What speech training adds to the base: audio front and LoRA tensors, by name."""
-    return {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if name.startswith("audio_front.") or "lora_" in name
-    }
 
 
 def save(
@@ -110,7 +98,7 @@ def save(
         "after": processor.after,
         "lora": _lora_fields(model.lora_config),
     }
-    (folder / "melprobe.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def _lora_fields(lora: LoraConfig) -> dict[str, Any]:
@@ -150,15 +138,31 @@ def load(
 ) -> tuple[MelLLMForConditionalGeneration, MelLLMProcessor]:
     """Model in eval mode and processor of a checkpoint. `merge` folds LoRA into the weights."""
     folder = find_checkpoint(str(name))
-    model = load_model(folder, merge=merge, dtype=dtype).to(device).eval()
+    model = load_model(folder, merge=merge, dtype=dtype).to(device)
     return model, load_processor(folder, model.config)
+
+
+def read_config(folder: Path) -> MelLLMConfig:
+    """A checkpoint's configuration; UsageError when it is missing, damaged or another model's."""
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind != MelLLMConfig.model_type:
+        raise UsageError(f"{folder / 'config.json'}: this is a {kind} model, not a Mel-LLM")
+    return MelLLMConfig.from_pretrained(folder)
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    settings = read_json(folder / SETTINGS)
+    if missing := {"feature_extractor", "before", "after", "lora"} - settings.keys():
+        raise UsageError(f"{folder / SETTINGS}: damaged (it lacks {', '.join(sorted(missing))})")
+    return settings
 
 
 def load_processor(folder: Path, config: MelLLMConfig) -> MelLLMProcessor:
     """The checkpoint's processor; beside an adapter, with the base model's tokenizer."""
     if not (folder / ADAPTER).is_file():
+        read_json(folder / "processor_config.json")
         return MelLLMProcessor.from_pretrained(folder)
-    settings = json.loads((folder / "melprobe.json").read_text())
+    settings = _read_settings(folder)
     return MelLLMProcessor(
         MelLLMFeatureExtractor(**settings["feature_extractor"]),
         AutoTokenizer.from_pretrained(resolve_base(config.base)),
@@ -169,76 +173,52 @@ def load_processor(folder: Path, config: MelLLMConfig) -> MelLLMProcessor:
 
 
 def load_model(
-    folder: Path, *, merge: bool = False, dtype: torch.dtype = torch.float32
+    folder: Path,
+    *,
+    merge: bool = False,
+    dtype: torch.dtype = torch.float32,
+    config: MelLLMConfig | None = None,
 ) -> MelLLMForConditionalGeneration:
-    """The checkpoint's model, on its own base; every tensor must find its place.
+    """The checkpoint's model in eval mode, on its own base; every tensor must find its place.
 
     Raises UsageError when the base's weights are not those the adapter was trained on, or when
-    tensors are missing or left over. `merge` folds LoRA into the weights, in float32.
+    tensors are missing or left over. `merge` folds LoRA into the weights, in float32. `dtype` is
+    that of the parameters; buffers (rotary frequencies) stay as exact as the decoder makes them.
     """
+    config = config or read_config(folder)
     if not (folder / ADAPTER).is_file():
         return _load_whole(folder, dtype)
-    config = MelLLMConfig.from_pretrained(folder)
-    settings = json.loads((folder / "melprobe.json").read_text())
+    settings = _read_settings(folder)
     base = resolve_base(config.base)
     if (found := base_sha256(base)) != config.base_sha256:
         raise UsageError(
             f"{folder}: trained on a {config.base} whose weights hash to "
             f"{config.base_sha256[:12]}, but {base} hashes to {found[:12]}; restore that base"
         )
+    attention = config._attn_implementation  # None unless asked for; making the model fills it in
     with torch.device("meta"):
         model = MelLLMForConditionalGeneration(config)
-    model.language_model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.language_model = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, attn_implementation=attention
+    )
     model.audio_front.to_empty(device="cpu")
-    model.generation_config = model.language_model.generation_config
+    model.generation_config = token_ids_only(model.language_model.generation_config)
     add_lora(model, LoraConfig(**settings["lora"]))
     load_adapter_state(model, read_adapter(folder), str(folder))
-    return (merge_lora(model) if merge else model).to(dtype)
+    if merge:
+        merge_lora(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model.eval()
 
 
 def _load_whole(folder: Path, dtype: torch.dtype) -> MelLLMForConditionalGeneration:
-    model, info = super(
-        MelLLMForConditionalGeneration, MelLLMForConditionalGeneration
-    ).from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    try:
+        model, info = super(
+            MelLLMForConditionalGeneration, MelLLMForConditionalGeneration
+        ).from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except SafetensorError as error:
+        raise UsageError(f"{weights_file(folder)}: damaged ({error}); fetch it again") from None
     if wrong := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
         raise UsageError(f"{folder}: {len(wrong)} tensors missing or left over: {wrong[0]} …")
     return model
-
-
-def read_adapter(folder: Path) -> dict[str, Tensor]:
-    """The saved tensors of an adapter checkpoint."""
-    try:
-        return load_file(folder / ADAPTER)
-    except SafetensorError as error:
-        raise UsageError(f"{folder / ADAPTER}: damaged ({error}); fetch it again") from None
-
-
-def load_adapter_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Copy a saved adapter into `model`, or say which tensors don't fit."""
-    expected = {name: tuple(tensor.shape) for name, tensor in adapter_state(model).items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if wrong := sorted(expected.items() ^ found.items()):
-        listed = ", ".join(f"{name} {shape}" for name, shape in wrong[:4])
-        raise UsageError(
-            f"{where}: {len(wrong)} tensors missing, left over or misshapen: {listed} …"
-        )
-    model.load_state_dict(state, strict=False)
-
-
-@torch.no_grad()
-def merge_lora(model: MelLLMForConditionalGeneration) -> MelLLMForConditionalGeneration:
-    """Fold every adapter into its base weight, so that inference pays nothing for it."""
-    for name, module in list(model.language_model.named_modules()):
-        if isinstance(module, LoraLayer):
-            module.merge()
-            parent, _, child = name.rpartition(".")
-            setattr(model.language_model.get_submodule(parent), child, module.get_base_layer())
-    return model
-
-
-def lora_layer(parameter_name: str) -> int:
-    """The decoder block that a LoRA parameter belongs to."""
-    found = re.search(r"\.layers\.(\d+)\.", parameter_name)
-    if not found:
-        raise ValueError(f"{parameter_name} lies in no decoder block")
-    return int(found.group(1))

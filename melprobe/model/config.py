@@ -2,7 +2,7 @@
 
 from typing import Any, Literal, get_args
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from melprobe.audio.patches import FRAMES_PER_PATCH
 from melprobe.errors import UsageError
@@ -27,8 +27,8 @@ class MelLLMConfig(PreTrainedConfig):
     conv_channels: channels of the `conv` front.
     audio_attention: whether patches may look ahead inside their own span.
     audio_token_id: placeholder id that the processor puts where patches go.
-    base, base_sha256: name and weight hash of the language model that adapters sit on; empty when
-        the checkpoint holds all weights itself.
+    base, base_sha256: name and weight hash of the language model it grew from, which adapters sit
+        on; empty when it grew from none.
     """
 
     model_type = "mel_llm"
@@ -65,3 +65,12 @@ class MelLLMConfig(PreTrainedConfig):
         tied = getattr(self.text_config, "tie_word_embeddings", False)
         kwargs.setdefault("tie_word_embeddings", tied)
         super().__init__(**kwargs)
+
+
+def token_ids_only(config: GenerationConfig) -> GenerationConfig:
+    """Where text begins and ends, without the base's habits of sampling or punishing repeats."""
+    return GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+    )

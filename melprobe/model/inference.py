@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from melprobe.model.config import token_ids_only
 from melprobe.model.modelling import MelLLMForConditionalGeneration
 from melprobe.model.processor import MelLLMProcessor
 
@@ -49,17 +50,23 @@ def transcribe(
     waves: Sequence[np.ndarray],
     max_new_tokens: int = 64,
 ) -> list[str]:
-    """Greedy transcripts of one batch of waves (float32, mono, 16 kHz)."""
+    """Greedy transcripts of one batch of waves (float32, mono, 16 kHz).
+
+    Greedy whatever `model.generation_config` holds: of that only the token ids are used.
+    """
     inputs = processor(waves).to(model.device)
-    with torch.autocast(model.device.type, enabled=False):
+    kept = model.generation_config
+    model.generation_config = token_ids_only(kept)  # `generate` fills in what isn't given from it
+    try:
         output = model.generate(
             **inputs,
             do_sample=False,
             max_new_tokens=max_new_tokens,
             pad_token_id=processor.tokenizer.pad_token_id,
         )
-    answers = output[:, inputs["input_ids"].shape[1] :]
-    return [processor.decode(answer) for answer in answers]
+    finally:
+        model.generation_config = kept
+    return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :])
 
 
 @torch.no_grad()

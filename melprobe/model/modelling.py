@@ -16,6 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from melprobe.audio.mel import FRAMES_PER_SECOND
+from melprobe.errors import UsageError
+from melprobe.model.adapter import ADAPTER, merged_state
 from melprobe.model.config import MelLLMConfig
 from melprobe.model.front import FRONTS
 
@@ -39,12 +42,25 @@ class MelLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint; one that holds only adapter and front brings its base model along."""
-        from melprobe.model.checkpoint import ADAPTER, load_model
+        """Load a checkpoint; one that holds only adapter and front brings its base model along.
 
-        if (Path(pretrained_model_name_or_path) / ADAPTER).is_file():
-            return load_model(Path(pretrained_model_name_or_path), **kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        There `dtype` is float32 unless given; see `melprobe.model.pretrained`.
+        """
+        if not (Path(pretrained_model_name_or_path) / ADAPTER).is_file():
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        from melprobe.model.pretrained import load_pretrained
+
+        return load_pretrained(Path(pretrained_model_name_or_path), *args, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Save all weights, with melprobe's own LoRA folded into what is written.
+
+        An adapter that was added the PEFT way is saved alone, as transformers does it.
+        """
+        if hasattr(self, "lora_config") and not getattr(self, "_hf_peft_config_loaded", False):
+            state = kwargs.get("state_dict")
+            kwargs["state_dict"] = merged_state(self, self.state_dict() if state is None else state)
+        super().save_pretrained(save_directory, **kwargs)
 
     def get_decoder(self) -> nn.Module:
         return self.language_model.get_decoder()
@@ -85,7 +101,9 @@ class MelLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 f"(frames_per_patch={self.config.frames_per_patch})"
             )
         valid = torch.arange(patches.shape[1], device=patches.device) < counts[:, None]
-        return embeddings.masked_scatter(is_audio[..., None], patches[valid].to(embeddings.dtype))
+        # Spread over several devices, front and embeddings may lie apart.
+        where = is_audio[..., None].to(embeddings.device)
+        return embeddings.masked_scatter(where, patches[valid].to(embeddings))
 
     def forward(
         self,
@@ -114,6 +132,9 @@ class MelLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if input_ids is None:
                 raise ValueError("give input_ids or inputs_embeds")
             inputs_embeds = self.embed(input_ids, input_features, feature_attention_mask)
+        rows, width, _ = inputs_embeds.shape
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        self._check_room(rows, past + width, attention_mask, feature_attention_mask)
         if position_ids is None and attention_mask is not None and past_key_values is None:
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
         if self.config.audio_attention == "bidirectional" and input_features is not None:
@@ -146,6 +167,24 @@ class MelLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _check_room(
+        self, rows: int, width: int, attention_mask: Any, feature_attention_mask: Tensor | None
+    ) -> None:
+        """Past its last position a decoder still answers, but garbage: UsageError instead."""
+        limit = getattr(self.config.text_config, "max_position_embeddings", None)
+        if limit is None or width <= limit:
+            return
+        padded = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
+        for row, used in enumerate(attention_mask.sum(1).tolist() if padded else [width] * rows):
+            if used > limit:
+                seconds = ""
+                if feature_attention_mask is not None:
+                    seconds = f" ({feature_attention_mask[row].sum() / FRAMES_PER_SECOND:.1f} s)"
+                raise UsageError(
+                    f"clip {row + 1} of {rows} in the batch{seconds} takes {used} positions with "
+                    f"its text, and the decoder has {limit}: cut the clip"
+                )
 
     def _audio_span_mask(
         self,

@@ -5,6 +5,7 @@ processor's prompt. BOS stands before the audio because it is the attention sink
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,11 @@ from melprobe.audio.mel import (
     normalise,
 )
 from melprobe.audio.patches import patch_count
+from melprobe.model.adapter import ADAPTER
 from melprobe.model.config import MelLLMConfig
 
 AUDIO_TOKEN = "<|audio|>"
+Wave = np.ndarray | Tensor
 
 
 class MelLLMFeatureExtractor(SequenceFeatureExtractor):
@@ -55,16 +58,19 @@ class MelLLMFeatureExtractor(SequenceFeatureExtractor):
         self.std = std
 
     def __call__(
-        self, audio: Sequence[np.ndarray | Tensor], sampling_rate: int = SAMPLE_RATE
+        self, audio: Sequence[Wave] | Wave, sampling_rate: int = SAMPLE_RATE
     ) -> BatchFeature:
         """Mono waves in [-1, 1] to `input_features` (B, T, M) and `feature_attention_mask` (B, T).
 
-        Raises ValueError for another sampling rate or a clip shorter than one window (25 ms).
+        audio: waves (N,), or a single one for a batch of one. Raises ValueError for another
+        sampling rate or a clip shorter than one window (25 ms).
         """
         if sampling_rate != self.sampling_rate:
             raise ValueError(
                 f"audio is at {sampling_rate} Hz, the model at {self.sampling_rate} Hz"
             )
+        if isinstance(audio, Wave) and audio.ndim == 1:
+            audio = [audio]
         waves = [torch.as_tensor(wave, dtype=torch.float32) for wave in audio]
         shortest = min(len(wave) for wave in waves)
         if shortest < WINDOW:
@@ -102,7 +108,8 @@ class MelLLMProcessor(ProcessorMixin):
         **kwargs: Any,
     ):
         if AUDIO_TOKEN not in tokenizer.get_vocab():
-            tokenizer.add_special_tokens({"additional_special_tokens": [AUDIO_TOKEN]})
+            # `add_special_tokens` would put it in place of the extra tokens that a base has.
+            tokenizer.add_tokens([AUDIO_TOKEN], special_tokens=True)
         # Qwen's tokenizer has no BOS, Llama 3's no padding: the end token stands in for either.
         tokenizer.bos_token = tokenizer.bos_token or tokenizer.eos_token
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -112,23 +119,39 @@ class MelLLMProcessor(ProcessorMixin):
         self.after = after
         super().__init__(feature_extractor, tokenizer, **kwargs)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint's processor; beside an adapter, with the base model's tokenizer."""
+        folder = Path(pretrained_model_name_or_path)
+        if not (folder / ADAPTER).is_file():
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        from melprobe.model.checkpoint import load_processor, read_config
+
+        return load_processor(folder, read_config(folder))
+
     def __call__(
         self,
-        audio: Sequence[np.ndarray | Tensor],
+        audio: Sequence[Wave] | Wave,
         text: Sequence[str] | None = None,
         sampling_rate: int = SAMPLE_RATE,
+        return_tensors: str = "pt",
     ) -> BatchFeature:
-        """A batch of clips, ready for the model.
+        """A batch of clips, ready for the model, as torch tensors.
 
         Without `text`: prompts, padded on the left, for `generate`. With `text` (one answer per
         clip): prompt and answer, padded on the right, and `labels` (B, S), -100 off the answers.
         """
+        if return_tensors != "pt":
+            raise ValueError(
+                f"return_tensors={return_tensors!r}: there are torch tensors only, 'pt'"
+            )
         features = self.feature_extractor(audio, sampling_rate)
         frames = features["feature_attention_mask"].sum(1).tolist()
         prompts = [self._prompt(patch_count(n, self.frames_per_patch)) for n in frames]
         if text is None:
             rows, masks = self._pad(prompts, left=True)
             return BatchFeature({"input_ids": rows, "attention_mask": masks, **features})
+        text = [text] if isinstance(text, str) else text
         if len(text) != len(prompts):
             raise ValueError(f"{len(prompts)} clips but {len(text)} texts")
         answers = [self.answer_ids(answer) for answer in text]
@@ -148,9 +171,14 @@ class MelLLMProcessor(ProcessorMixin):
         """Token ids of an answer, end token included."""
         return [*self._encode(text), self.tokenizer.eos_token_id]
 
-    def decode(self, ids: Any, **kwargs: Any) -> str:
-        """Text of generated ids."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True, **kwargs).strip()
+    def decode(self, ids: Any, skip_special_tokens: bool = True, **kwargs: Any) -> str:
+        """Text of generated ids (S,)."""
+        text = self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
+        return text.strip()
+
+    def batch_decode(self, ids: Any, **kwargs: Any) -> list[str]:
+        """Texts of generated ids (B, S), each as `decode` gives it."""
+        return [self.decode(row, **kwargs) for row in ids]
 
     def _prompt(self, n_patches: int) -> list[int]:
         return self._prompt_around([self.audio_token_id] * n_patches)
