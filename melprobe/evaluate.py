@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = choose(read_manifest(find_manifest(options.manifest)), options.limit, options.seed)
     usable, waves, left_out = load_usable(chosen, options.on_bad_audio)
     transcriber = make_transcriber(options.checkpoint, options.device, usable)
-    partners = partners_or_none(usable)
+    # Nobody doubts that the ceiling hears, and it is slow.
+    partners = None if options.checkpoint == WHISPER else partners_or_none(usable)
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("listening", total=len(usable) * (2 if partners else 1))
         batched = Batched(transcriber, options.batch_seconds, lambda n: progress.advance(bar, n))

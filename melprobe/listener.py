@@ -1,6 +1,6 @@
 """The door to the library: a loaded Mel-LLM with its processor, ready to listen and to be cut.
 
->>> lm = melprobe.load("mel-mini")                              # doctest: +SKIP
+>>> lm = melprobe.load("mel-smol")                              # doctest: +SKIP
 >>> with lm.skip({3, 5}, positions="speech"):                   # doctest: +SKIP
 ...     lm.transcribe([wave])
 """
@@ -59,7 +59,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Listener:
-    """A checkpoint by name (`mel-mini`) or folder.
+    """A checkpoint by name (`mel-smol`) or folder.
 
     device: the first GPU, else the CPU, when not given. dtype: see `fast_dtype`.
     """

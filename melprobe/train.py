@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if not words or words[0].startswith("-"):
         raise UsageError(
-            "name a recipe: python -m melprobe.train recipes/mel-mini.yaml [--optim.lr 3e-4 ...]"
+            "name a recipe: python -m melprobe.train recipes/mini-base.yaml [--optim.lr 3e-4 ...]"
         )
     recipe = read_recipe(Path(words[0]), _overrides(words[1:]))
     _refuse_other_recipe(recipe)

@@ -5,6 +5,7 @@ very batches it would have had.
 """
 
 import random
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import count, islice
@@ -24,6 +25,9 @@ from melprobe.corpus.text import plain_text
 from melprobe.errors import UsageError
 from melprobe.model.processor import MelLLMProcessor
 from melprobe.training.recipe import Augment, Data, Stage
+
+# It fears for memory; a manifest's worth of cuts is small.
+warnings.filterwarnings("ignore", message="You are using DynamicBucketingSampler with an eagerly")
 
 _MARGIN = 0.04  # seconds left around words that are cut out: their edges are not that sharp
 
