@@ -49,6 +49,7 @@ def create(
     """
     folder = resolve_base(base)
     language_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    language_model.config.name_or_path = ""  # a path of this machine; `base` is the name
     tokenizer = AutoTokenizer.from_pretrained(folder)
     mel_config = MelLLMConfig(
         text_config=language_model.config,
