@@ -215,6 +215,11 @@ def test_a_damaged_recipe_in_the_folder_is_one_line(workshop, tmp_path):
         train.main([str(workshop / "recipe.yaml"), "--out", str(tmp_path)])
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_recipes_of_the_repository_are_valid(path):
+    assert read_recipe(path).out == Path("runs") / path.stem
+
+
 def test_a_folder_belongs_to_one_recipe(workshop, uninterrupted):
     with pytest.raises(UsageError, match=r"another recipe \(optim differ\)"):
         train.main(
