@@ -5,13 +5,14 @@
 ...     lm.transcribe([wave])
 """
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from melprobe.corpus.text import plain_text
 from melprobe.errors import UsageError
@@ -64,8 +65,21 @@ def load(
     device: the first GPU, else the CPU, when not given. dtype: see `fast_dtype`.
     """
     place = pick_device(device)
-    model, processor = checkpoint.load(name, dtype=dtype or fast_dtype(place), device=place)
+    with _no_progress_bars():
+        model, processor = checkpoint.load(name, dtype=dtype or fast_dtype(place), device=place)
     return Listener(model, processor)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Loading takes a second; transformers' bar for it would stand in the way of ours."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:
