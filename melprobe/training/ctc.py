@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BatchFeature
 
-from melprobe.hooks.layers import check_layers, decoder_blocks
 from melprobe.model.modelling import MelLLMForConditionalGeneration
+from melprobe.training.residual import Residual
 
 
 class SpeechCTC:
@@ -34,29 +34,20 @@ class SpeechCTC:
         eos_token_id: int,
     ):
         self.model = model
-        blocks = decoder_blocks(model)
-        # The last block has no next one to listen at.
-        check_layers([layer], len(blocks) - 1)
+        self.residual = Residual(model, layer)
         classes = [eos_token_id, *sorted(set(token_ids) - {eos_token_id})]
         self.classes = torch.tensor(classes)
         self.class_of = torch.zeros(max(classes) + 1, dtype=torch.long)
         self.class_of[self.classes] = torch.arange(len(classes))
-        self.residual: Tensor | None = None
-        blocks[layer + 1].register_forward_pre_hook(self._listen, with_kwargs=True)
-
-    def _listen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.residual = args[0] if args else kwargs["hidden_states"]
 
     def loss(self, batch: BatchFeature) -> Tensor:
         """Nat per answer token, of the forward pass that just ran on `batch`."""
-        if self.residual is None:
-            raise RuntimeError("run the model first")
         labels = batch["labels"]
         speech = batch["input_ids"] == self.model.config.audio_token_id  # (B, S)
         lengths = speech.sum(1)
         decoder: Any = self.model.get_decoder()
         rows = decoder.embed_tokens.weight[self.classes.to(labels.device)]
-        hidden = decoder.norm(self.residual[speech])
+        hidden = decoder.norm(self.residual.last()[speech])
         scores = (hidden @ rows.to(hidden.dtype).T).float().log_softmax(-1)  # (patches, classes)
         padded = nn.utils.rnn.pad_sequence(scores.split(lengths.tolist()))  # (P, B, classes)
         words = (labels != -100) & (labels != self.classes[0])

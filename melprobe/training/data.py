@@ -6,13 +6,15 @@ very batches it would have had.
 
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, islice
 
 import numpy as np
 from lhotse import CutSet
 from lhotse.dataset import DynamicBucketingSampler
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import BatchFeature
 
@@ -24,6 +26,7 @@ from melprobe.corpus.manifest import Utterance, find_manifest, read_manifest
 from melprobe.corpus.text import plain_text
 from melprobe.errors import UsageError
 from melprobe.model.processor import MelLLMProcessor
+from melprobe.training.phones import UNKNOWN, phone_targets
 from melprobe.training.recipe import Augment, Data, Stage
 
 # It fears for memory; a manifest's worth of cuts is small.
@@ -99,6 +102,7 @@ class BatchOrder(Sampler[tuple[int, list[str]]]):
 
     def __init__(self, clips: list[Clip], data: Data, seed: int, start: int = 0):
         self.cuts = to_cuts(replace(c.source, id=c.id, duration=c.duration) for c in clips)
+        self.phonetic = {clip.id for clip in clips if clip.source.phones}
         self.data = data
         self.seed = seed
         self.start = start
@@ -114,9 +118,12 @@ class BatchOrder(Sampler[tuple[int, list[str]]]):
     def _endless(self, number: int, stage: Stage) -> Iterator[list[str]]:
         shortest, longest = stage.min_seconds, stage.max_seconds
         cuts = [cut for cut in self.cuts if shortest <= cut.duration <= longest]
+        if stage.learn == "phones":
+            cuts = [cut for cut in cuts if cut.id in self.phonetic]
         if not cuts:
+            what = " and has phone times" if stage.learn == "phones" else ""
             raise UsageError(
-                f"data.stages.{number}: no training clip lasts {shortest} to {longest} s"
+                f"data.stages.{number}: no training clip lasts {shortest} to {longest} s{what}"
             )
         for epoch in count():
             seed = self.seed + 7919 * number + epoch
@@ -143,17 +150,19 @@ class SpeechBatches(Dataset[tuple[int, BatchFeature]]):
         processor: MelLLMProcessor,
         augment: Augment,
         seed: int,
+        phones: bool,
     ):
         self.by_id = {clip.id: clip for clip in clips}
         self.processor = processor
         self.augment = augment
         self.seed = seed
+        self.phones = phones
 
     def __getitem__(self, key: tuple[int, list[str]]) -> tuple[int, BatchFeature]:
         step, ids = key
         rng = np.random.default_rng([self.seed, step])
         chosen = [self.by_id[i] for i in ids]
-        waves = [self._change(clip.wave(), rng) for clip in chosen]
+        waves, speeds = zip(*(self._change(clip.wave(), rng) for clip in chosen), strict=True)
         batch = self.processor(waves, [plain_text(clip.text) for clip in chosen])
         batch["input_features"] = spec_augment(
             batch["input_features"],
@@ -164,13 +173,32 @@ class SpeechBatches(Dataset[tuple[int, BatchFeature]]):
             frequency_masks=self.augment.frequency_masks,
             frequency_mask_bins=self.augment.frequency_mask_bins,
         )
+        if self.phones:
+            batch["phone_targets"] = batch_phone_targets(chosen, speeds, batch, self.processor)
         return step, batch
 
-    def _change(self, wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        wave = change_speed(wave, rng.uniform(*self.augment.speed))
+    def _change(self, wave: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, float]:
+        """The wave as training hears it, and how much faster it is."""
+        speed = rng.uniform(*self.augment.speed)
+        wave = change_speed(wave, speed)
         if rng.random() < self.augment.noise_probability:
             wave = add_noise(wave, rng.uniform(*self.augment.noise_snr_db), rng)
-        return wave
+        return wave, speed
+
+
+def batch_phone_targets(
+    clips: Sequence[Clip],
+    speeds: Sequence[float],
+    batch: BatchFeature,
+    processor: MelLLMProcessor,
+) -> Tensor:
+    """`phone_targets` of every clip of `batch`, (B, P, slots), unknown beyond a clip's end."""
+    counts = (batch["input_ids"] == processor.audio_token_id).sum(1).tolist()
+    rows = [
+        phone_targets(clip.source.phones, n, processor.frames_per_patch, clip.start, speed)
+        for clip, speed, n in zip(clips, speeds, counts, strict=True)
+    ]
+    return pad_sequence(rows, batch_first=True, padding_value=UNKNOWN)
 
 
 def speech_loader(
@@ -180,10 +208,11 @@ def speech_loader(
     augment: Augment,
     seed: int,
     start: int,
+    phones: bool = False,
 ) -> DataLoader[tuple[int, BatchFeature]]:
-    """Endless-as-the-recipe batches from step `start` on."""
+    """Endless-as-the-recipe batches from step `start` on; `phones` adds `phone_targets`."""
     return DataLoader(
-        SpeechBatches(clips, processor, augment, seed),
+        SpeechBatches(clips, processor, augment, seed, phones),
         sampler=BatchOrder(clips, data, seed, start),
         batch_size=None,
         num_workers=data.workers,

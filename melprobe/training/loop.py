@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Protocol
 
 import torch
@@ -23,14 +24,20 @@ class Task(Protocol):
     model: Any
     """A transformers model: it has `get_decoder()` and returns a `loss`."""
 
+    heads: nn.Module
+    """What is trained beside the model and needed by no checkpoint."""
+
     def batches(self, start: int) -> Iterable[tuple[int, Any]]:
         """(step, keyword arguments of the model) from batch `start` on."""
 
-    def loss(self, model: Any, batch: Any, step: int) -> Tensor:
-        """What to minimise; `model` is the task's own, made ready for the device."""
+    def losses(self, model: Any, batch: Any, step: int) -> dict[str, Tensor]:
+        """`train_loss` is what to minimise, the others are for the log.
 
-    def evaluate(self) -> dict[str, float]:
-        """Measures on held-out data; `dev_loss` decides which checkpoint is best."""
+        `model` is the task's own, made ready for the device.
+        """
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Measures on held-out data; `dev_loss`, where there is one, decides what is best."""
 
     def save(self, folder: Path, log: list[dict[str, Any]]) -> None:
         """Write a checkpoint that can be used, and the log of its training."""
@@ -53,10 +60,12 @@ def fit(task: Task, recipe: Recipe) -> list[dict[str, Any]]:
         cpu=not torch.cuda.is_available(),
     )
     task.model.to(accelerator.device)
-    optimizer = make_optimizer(task.model, recipe.optim, fused=accelerator.device.type == "cuda")
+    task.heads.to(accelerator.device)
+    trainable = trainable_parameters(task)
+    optimizer = make_optimizer(trainable, recipe.optim, fused=accelerator.device.type == "cuda")
     if accelerator.num_processes > 1:
         raise UsageError("training runs in one process; start it with python, not with torchrun")
-    state = State(recipe.out / "state", task.model, optimizer)
+    state = State(recipe.out / "state", trainable, optimizer)
     if accelerator.device.type == "cpu":
         # The backward pass of the fused attention kernel takes 4x as long on short sequences.
         task.model.set_attn_implementation("eager")
@@ -82,22 +91,24 @@ def fit(task: Task, recipe: Recipe) -> list[dict[str, Any]]:
             state.step, state.seconds = step + 1, time.monotonic() - clock
             last = state.step == recipe.steps
             if state.step % recipe.log_every == 0 or last:
-                loss = sum(state.running) / len(state.running)
+                losses = _means(state.running)
+                loss = losses["train_loss"]
                 state.running.clear()
                 if not math.isfinite(loss):
                     raise UsageError(
                         f"{recipe.out}: the loss is {loss} at step {state.step}; lower optim.lr "
                         "and train again (the last state is from before)"
                     )
-                state.note({"train_loss": loss, "lr_scale": scale}, writer)
+                state.note({**losses, "lr_scale": scale}, writer)
                 progress.update(bar, note=f"loss {loss:.3f}")
                 if not progress.console.is_terminal:
-                    print(f"step {state.step} loss {loss:.3f} {state.seconds:.0f} s", flush=True)
+                    parts = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+                    print(f"step {state.step} {parts} {state.seconds:.0f} s", flush=True)
             if state.step % recipe.evaluate_every == 0 or last:
-                measured = _evaluate(task)
+                measured = _evaluate(task, step)
                 state.note(measured, writer)
                 progress.print(state.log[-1])
-                if measured["dev_loss"] < state.best:
+                if measured.get("dev_loss", math.inf) < state.best:
                     state.best = measured["dev_loss"]
                     replace_folder(recipe.out / "best", lambda best: task.save(best, state.log))
             at_update = state.step % recipe.optim.accumulate == 0
@@ -118,34 +129,49 @@ def _update(
     batch: Any,
     step: int,
     clip: float,
-) -> float:
+) -> dict[str, float]:
     on_device = {key: value.to(accelerator.device) for key, value in batch.items()}
     with accelerator.accumulate(model):
         with accelerator.autocast():
-            loss = task.loss(model, on_device, step)
-        accelerator.backward(loss)
+            losses = task.losses(model, on_device, step)
+        accelerator.backward(losses["train_loss"])
         if accelerator.sync_gradients:
-            accelerator.clip_grad_norm_(model.parameters(), clip)
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            accelerator.clip_grad_norm_(parameters, clip)
         optimizer.step()
         optimizer.zero_grad()
-    return loss.item()
+    return {name: loss.item() for name, loss in losses.items()}
 
 
-def _evaluate(task: Task) -> dict[str, float]:
+def _means(losses: list[dict[str, float]]) -> dict[str, float]:
+    """Mean of each part over the steps that had it."""
+    names = dict.fromkeys(name for step in losses for name in step)
+    return {name: fmean(step[name] for step in losses if name in step) for name in names}
+
+
+def _evaluate(task: Task, step: int) -> dict[str, float]:
     task.model.eval()
     with torch.compiler.set_stance("force_eager"):  # decoding has shapes of its own
-        measured = task.evaluate()
+        measured = task.evaluate(step)
     task.model.train()
     return measured
 
 
-def make_optimizer(model: nn.Module, optim: Optim, *, fused: bool) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; the audio front may have its own learning rate."""
-    front = {id(p) for name, p in model.named_parameters() if name.startswith("audio_front.")}
-    trainable = [p for p in model.parameters() if p.requires_grad]
+def trainable_parameters(task: Task) -> dict[str, nn.Parameter]:
+    """What the optimiser moves, by name."""
+    named = [*task.model.named_parameters(), *task.heads.named_parameters(prefix="heads")]
+    return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+
+def make_optimizer(
+    trainable: Mapping[str, nn.Parameter], optim: Optim, *, fused: bool
+) -> torch.optim.AdamW:
+    """AdamW; the audio front may have its own learning rate."""
+    front = [p for name, p in trainable.items() if name.startswith("audio_front.")]
+    rest = [p for name, p in trainable.items() if not name.startswith("audio_front.")]
     groups = [
-        {"params": [p for p in trainable if id(p) in front], "lr": optim.front_lr or optim.lr},
-        {"params": [p for p in trainable if id(p) not in front], "lr": optim.lr},
+        {"params": front, "lr": optim.front_lr or optim.lr},
+        {"params": rest, "lr": optim.lr},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],

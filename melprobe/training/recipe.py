@@ -79,6 +79,8 @@ class Stage(_Strict):
     """Clips outside these are left out of the stage: short clips teach the alignment first."""
     batch_seconds: Annotated[float, Field(gt=1)] | None = None
     """Audio in a batch; that of `data` when not given."""
+    learn: Literal["text", "phones"] = "text"
+    """`phones` trains the blocks up to `phones.layer` alone, on the clips that have phone times."""
 
 
 class Data(_Strict):
@@ -100,6 +102,15 @@ class CTC(_Strict):
     """The block after which it listens."""
     weight: Annotated[float, Field(gt=0)] = 0.5
     steps: Annotated[int, Field(ge=1)]
+
+
+class Phones(_Strict):
+    """Framewise phone targets on speech positions, for clips whose phone times are known."""
+
+    layer: Annotated[int, Field(ge=0)]
+    """The block after which they are read."""
+    weight: Annotated[float, Field(ge=0)] = 0.3
+    """Beside the next-token loss, in the stages that learn text."""
 
 
 class Augment(_Strict):
@@ -147,6 +158,7 @@ class SpeechRecipe(_Run):
     data: Data
     augment: Augment = Augment()
     ctc: CTC | None = None
+    phones: Phones | None = None
 
     @property
     def steps(self) -> int:
@@ -159,6 +171,20 @@ class SpeechRecipe(_Run):
                 f"{self.steps} steps are no multiple of optim.accumulate, {self.optim.accumulate}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _phone_stages_have_a_layer(self) -> Self:
+        if not self.phones and any(stage.learn == "phones" for stage in self.data.stages):
+            raise ValueError("a stage learns phones, but the recipe has no `phones`")
+        return self
+
+    def stage_at(self, step: int) -> Stage:
+        """The stage that batch number `step` belongs to."""
+        for stage in self.data.stages:
+            if step < stage.steps:
+                return stage
+            step -= stage.steps
+        return self.data.stages[-1]
 
 
 class TextRecipe(_Run):

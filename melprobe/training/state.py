@@ -6,7 +6,7 @@ any moment finds a whole one when it starts again.
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,18 @@ def recover_folder(folder: Path) -> bool:
 class State:
     """Step, clock, best score, log, trainable weights and optimiser moments, on disk and back."""
 
-    def __init__(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer):
+    def __init__(
+        self,
+        folder: Path,
+        trainable: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+    ):
         self.folder = folder
-        self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.named = trainable
         self.optimizer = optimizer
         self.step, self.seconds, self.best = 0, 0.0, float("inf")
-        self.running: list[float] = []
-        """Losses since the last line of the log."""
+        self.running: list[dict[str, float]] = []
+        """Losses and their parts since the last line of the log."""
         self.log: list[dict[str, Any]] = []
         if recover_folder(folder):
             self._load()

@@ -61,10 +61,10 @@ class TextTask:
         for step in range(start, self.recipe.steps):
             yield step, self._batch(self._examples(random.Random(f"{self.recipe.seed} {step}")))
 
-    def loss(self, model: Any, batch: dict[str, Tensor], step: int) -> Tensor:
-        return model(**batch).loss
+    def losses(self, model: Any, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        return {"train_loss": model(**batch).loss}
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, step: int) -> dict[str, float]:
         """Loss per token on unseen sentences, plain and copied."""
         plain = self._loss([self._example(s, copy=False) for s in self.dev])
         copied = self._loss([self._example(s, copy=True) for s in self.dev])
