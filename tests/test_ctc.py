@@ -1,24 +1,30 @@
 """CTC on speech positions against the sum over all alignments, written out."""
 
+from collections.abc import Iterable
 from itertools import groupby, product
 
 import pytest
 import torch
 
-from melprobe.errors import UsageError
 from melprobe.hooks.layers import decoder_blocks
+from melprobe.listener import Listener
 from melprobe.training.ctc import SpeechCTC
+from melprobe.training.reading import Residual, TokenReader
 from tests.tiny import N_LAYERS, tiny_listener, waves
 
 LAYER = 1
+
+
+def speech_ctc(lm: Listener, token_ids: Iterable[int]) -> SpeechCTC:
+    reader = TokenReader(lm.model, token_ids, lm.processor.tokenizer.eos_token_id)
+    return SpeechCTC(reader, Residual(lm.model, LAYER))
 
 
 def test_it_is_the_likelihood_of_all_alignments():
     lm = tiny_listener(frames_per_patch=16)
     batch = lm.processor(waves(0.5, 0.7), ["one", "please one"])  # 3 and 5 patches
     answers = [lm.processor.answer_ids(text)[:-1] for text in ("one", "please one")]
-    eos = lm.processor.tokenizer.eos_token_id
-    ctc = SpeechCTC(lm.model, LAYER, {t for answer in answers for t in answer}, eos)
+    ctc = speech_ctc(lm, {t for answer in answers for t in answer})
     captured = {}
     decoder_blocks(lm.model)[LAYER].register_forward_hook(
         lambda module, args, output: captured.update(residual=output)
@@ -27,16 +33,16 @@ def test_it_is_the_likelihood_of_all_alignments():
     loss = ctc.loss(batch)
 
     decoder = lm.model.get_decoder()
-    rows = decoder.embed_tokens.weight[ctc.classes]
+    rows = decoder.embed_tokens.weight[ctc.reader.classes]
     scores = (decoder.norm(captured["residual"]) @ rows.T).log_softmax(-1)
     speech = batch["input_ids"] == lm.processor.audio_token_id
     expected = []
     for row, answer in enumerate(answers):
         log_p = scores[row][speech[row]]
-        wanted = [ctc.classes.tolist().index(token) for token in answer]
+        wanted = [ctc.reader.classes.tolist().index(token) for token in answer]
         paths = [
             sum(log_p[t, c] for t, c in enumerate(path))
-            for path in product(range(len(ctc.classes)), repeat=len(log_p))
+            for path in product(range(len(ctc.reader.classes)), repeat=len(log_p))
             if [c for c, _ in groupby(path) if c != 0] == wanted
         ]
         expected.append(-torch.stack(paths).logsumexp(0) / len(answer))
@@ -47,7 +53,7 @@ def test_its_gradient_stops_at_its_layer():
     lm = tiny_listener()
     batch = lm.processor(waves(0.9), ["the press"])
     ids = lm.processor.answer_ids("the press")
-    ctc = SpeechCTC(lm.model, LAYER, ids, lm.processor.tokenizer.eos_token_id)
+    ctc = speech_ctc(lm, ids)
     lm.model(**batch)
     ctc.loss(batch).backward()
     moved = [block.mlp.down_proj.weight.grad is not None for block in decoder_blocks(lm.model)]
@@ -58,12 +64,6 @@ def test_more_tokens_than_patches_count_nothing():
     lm = tiny_listener(frames_per_patch=16)
     batch = lm.processor(waves(0.2), ["the press call message number"])
     ids = lm.processor.answer_ids("the press call message number")
-    ctc = SpeechCTC(lm.model, LAYER, ids, lm.processor.tokenizer.eos_token_id)
+    ctc = speech_ctc(lm, ids)
     lm.model(**batch)
     assert ctc.loss(batch).item() == 0
-
-
-def test_the_last_block_has_no_next_one_to_listen_at():
-    lm = tiny_listener()
-    with pytest.raises(UsageError, match=f"blocks 0 to {N_LAYERS - 2}"):
-        SpeechCTC(lm.model, N_LAYERS - 1, [5], 1)

@@ -46,9 +46,11 @@ def workshop(tmp_path_factory):
             path = folder / split / f"{i}.flac"
             soundfile.write(path, wave, 16_000)
             text = " ".join(rng.choice(WORDS, 3)) if split == "train" else f"other {WORDS[i]}"
-            phones = (Span("hh", 0.1, 0.2), Span("ʌ", 0.2, 0.3)) if i % 4 else ()
+            phones = (Span("hh", 0.1, 0.2), Span("ʌ", 0.2, 0.3))
+            words = [Span(w, 0.1 + 0.1 * n, 0.2 + 0.1 * n) for n, w in enumerate(text.split())]
+            times = {"phones": phones, "words": tuple(words)} if i % 4 else {}
             seconds = len(wave) / 16_000
-            utterances.append(Utterance(path.name, path, text, seconds, "noise", phones=phones))
+            utterances.append(Utterance(path.name, path, text, seconds, "noise", **times))
         write_manifest(folder / f"{split}.jsonl", utterances)
     recipe = {
         "out": str(folder / "run"),
@@ -61,13 +63,13 @@ def workshop(tmp_path_factory):
             "train": [{"manifest": str(folder / "train.jsonl")}],
             "dev": [str(folder / "dev.jsonl")],
             "stages": [
-                {"steps": 4, "max_seconds": 0.8, "learn": "phones"},
+                {"steps": 4, "max_seconds": 0.8, "learn": "frames"},
                 {"steps": STEPS - 4},
             ],
             "batch_seconds": 3,
             "workers": 0,
         },
-        "phones": {"layer": 1},
+        "frames": {"phones_after": 0, "tokens_after": 2},
         "augment": {"speed": [0.9, 1.1], "noise_probability": 0.5, "time_masks": 1},
         "optim": {"warmup": 2, "accumulate": 2},
         "log_every": 1,
@@ -193,7 +195,7 @@ def test_the_learning_rate_warms_up_and_decays():
         (["{recipe}", "--data.train.7.repeat", "1"], "the recipe has no such field"),
         (["{recipe}", "--seed"], "--seed: a value must follow"),
         (["{recipe}", "seed"], "overrides look like"),
-        (["{recipe}", "--phones", "null"], "a stage learns phones, but the recipe has no `phones`"),
+        (["{recipe}", "--frames", "null"], "a stage learns frames, but the recipe has no `frames`"),
         (["{other}"], "model.colour: Extra inputs"),
     ],
 )

@@ -1,4 +1,5 @@
 """`python -m melprobe.corpus build NAME`: make one of the corpora, all of which end in manifests.
+`python -m melprobe.corpus align NAME/SPLIT...`: give recordings word and phone times.
 
     asterisk  telephone prompts, one speaker (apt packages)
     queen     the voices of a game, some 30 characters (apt package)
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from melprobe.cache import cache_dir
+from melprobe.corpus import align
 from melprobe.errors import Parser, run
 
 CORPORA = {name: f"melprobe.corpus.{name}" for name in ("asterisk", "queen", "synth", "hub")}
@@ -21,16 +23,27 @@ CORPORA["jsonl"] = "melprobe.corpus.user"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Build the corpus that `argv` names; each corpus module has options of its own."""
+    """Build the corpus that `argv` names, or align; each corpus module has options of its own."""
     parser = Parser(
         prog="python -m melprobe.corpus",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("action", choices=["build"])
-    parser.add_argument("corpus", choices=list(CORPORA))
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="see build CORPUS --help")
+    actions = parser.add_subparsers(dest="action", required=True)
+    build = actions.add_parser("build", help="make a corpus")
+    build.add_argument("corpus", choices=list(CORPORA))
+    build.add_argument("options", nargs=argparse.REMAINDER, help="see build CORPUS --help")
+    aligning = actions.add_parser(
+        "align",
+        help="give recordings word and phone times",
+        description=align.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    align.add_arguments(aligning)
     args = parser.parse_args(argv)
+    if args.action == "align":
+        align.run(args)
+        return
     module = import_module(CORPORA[args.corpus])
     own = Parser(
         prog=f"python -m melprobe.corpus build {args.corpus}",

@@ -67,12 +67,17 @@ def read_manifest(path: Path) -> list[Utterance]:
 
 def write_manifest(path: Path, utterances: Iterable[Utterance]) -> None:
     """Write a manifest whole or not at all; audio paths become relative to it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     folder = path.absolute().parent
+    write_records(path, (_record(utterance, folder) for utterance in utterances))
+
+
+def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write JSON objects, one a line, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     with draft.open("w", encoding="utf-8") as out:
-        for utterance in utterances:
-            print(json.dumps(_record(utterance, folder), ensure_ascii=False), file=out)
+        for record in records:
+            print(json.dumps(record, ensure_ascii=False), file=out)
     draft.replace(path)
 
 

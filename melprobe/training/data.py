@@ -22,11 +22,11 @@ from melprobe.audio.augment import add_noise, change_speed, spec_augment
 from melprobe.audio.load import SAMPLE_RATE, load_utterance
 from melprobe.corpus.cuts import to_cuts
 from melprobe.corpus.leakage import without_leaks
-from melprobe.corpus.manifest import Utterance, find_manifest, read_manifest
+from melprobe.corpus.manifest import Span, Utterance, find_manifest, read_manifest
 from melprobe.corpus.text import plain_text
 from melprobe.errors import UsageError
 from melprobe.model.processor import MelLLMProcessor
-from melprobe.training.phones import UNKNOWN, phone_targets
+from melprobe.training.frames import UNKNOWN, phone_targets, token_targets, tokens_of_words
 from melprobe.training.recipe import Augment, Data, Stage
 
 # It fears for memory; a manifest's worth of cuts is small.
@@ -52,6 +52,11 @@ class Clip:
         wave = load_utterance(self.source)
         start = round(self.start * SAMPLE_RATE)
         return wave[start : start + round(self.duration * SAMPLE_RATE)]
+
+    def words(self) -> list[Span]:
+        """When its words are said, in seconds of the recording; empty where that is unknown."""
+        end = self.start + self.duration
+        return [w for w in self.source.words if self.start <= (w.start + w.end) / 2 <= end]
 
 
 def load_corpora(data: Data) -> tuple[list[Clip], dict[str, int]]:
@@ -102,7 +107,7 @@ class BatchOrder(Sampler[tuple[int, list[str]]]):
 
     def __init__(self, clips: list[Clip], data: Data, seed: int, start: int = 0):
         self.cuts = to_cuts(replace(c.source, id=c.id, duration=c.duration) for c in clips)
-        self.phonetic = {clip.id for clip in clips if clip.source.phones}
+        self.timed = {clip.id for clip in clips if clip.source.words}
         self.data = data
         self.seed = seed
         self.start = start
@@ -118,10 +123,10 @@ class BatchOrder(Sampler[tuple[int, list[str]]]):
     def _endless(self, number: int, stage: Stage) -> Iterator[list[str]]:
         shortest, longest = stage.min_seconds, stage.max_seconds
         cuts = [cut for cut in self.cuts if shortest <= cut.duration <= longest]
-        if stage.learn == "phones":
-            cuts = [cut for cut in cuts if cut.id in self.phonetic]
+        if stage.learn == "frames":
+            cuts = [cut for cut in cuts if cut.id in self.timed]
         if not cuts:
-            what = " and has phone times" if stage.learn == "phones" else ""
+            what = " and has word times" if stage.learn == "frames" else ""
             raise UsageError(
                 f"data.stages.{number}: no training clip lasts {shortest} to {longest} s{what}"
             )
@@ -150,13 +155,13 @@ class SpeechBatches(Dataset[tuple[int, BatchFeature]]):
         processor: MelLLMProcessor,
         augment: Augment,
         seed: int,
-        phones: bool,
+        frames: bool,
     ):
         self.by_id = {clip.id: clip for clip in clips}
         self.processor = processor
         self.augment = augment
         self.seed = seed
-        self.phones = phones
+        self.frames = frames
 
     def __getitem__(self, key: tuple[int, list[str]]) -> tuple[int, BatchFeature]:
         step, ids = key
@@ -173,8 +178,8 @@ class SpeechBatches(Dataset[tuple[int, BatchFeature]]):
             frequency_masks=self.augment.frequency_masks,
             frequency_mask_bins=self.augment.frequency_mask_bins,
         )
-        if self.phones:
-            batch["phone_targets"] = batch_phone_targets(chosen, speeds, batch, self.processor)
+        if self.frames:
+            batch.update(frame_targets(chosen, speeds, batch, self.processor))
         return step, batch
 
     def _change(self, wave: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, float]:
@@ -186,19 +191,27 @@ class SpeechBatches(Dataset[tuple[int, BatchFeature]]):
         return wave, speed
 
 
-def batch_phone_targets(
+def frame_targets(
     clips: Sequence[Clip],
     speeds: Sequence[float],
     batch: BatchFeature,
     processor: MelLLMProcessor,
-) -> Tensor:
-    """`phone_targets` of every clip of `batch`, (B, P, slots), unknown beyond a clip's end."""
+) -> dict[str, Tensor]:
+    """Of the clips of `batch`: `phone_targets` (B, P, slots) and `token_targets` (B, P).
+
+    Unknown beyond a clip's end; see `melprobe.training.frames`.
+    """
     counts = (batch["input_ids"] == processor.audio_token_id).sum(1).tolist()
-    rows = [
-        phone_targets(clip.source.phones, n, processor.frames_per_patch, clip.start, speed)
-        for clip, speed, n in zip(clips, speeds, counts, strict=True)
-    ]
-    return pad_sequence(rows, batch_first=True, padding_value=UNKNOWN)
+    blank, rate = processor.tokenizer.eos_token_id, processor.frames_per_patch
+    phones, tokens = [], []
+    for clip, speed, n in zip(clips, speeds, counts, strict=True):
+        answer = tokens_of_words(processor.tokenizer, plain_text(clip.text))
+        phones.append(phone_targets(clip.source.phones, n, rate, clip.start, speed))
+        tokens.append(token_targets(clip.words(), answer, blank, n, rate, clip.start, speed))
+    return {
+        "phone_targets": pad_sequence(phones, batch_first=True, padding_value=UNKNOWN),
+        "token_targets": pad_sequence(tokens, batch_first=True, padding_value=UNKNOWN),
+    }
 
 
 def speech_loader(
@@ -208,11 +221,11 @@ def speech_loader(
     augment: Augment,
     seed: int,
     start: int,
-    phones: bool = False,
+    frames: bool = False,
 ) -> DataLoader[tuple[int, BatchFeature]]:
-    """Endless-as-the-recipe batches from step `start` on; `phones` adds `phone_targets`."""
+    """Endless-as-the-recipe batches from step `start` on; `frames` adds `frame_targets`."""
     return DataLoader(
-        SpeechBatches(clips, processor, augment, seed, phones),
+        SpeechBatches(clips, processor, augment, seed, frames),
         sampler=BatchOrder(clips, data, seed, start),
         batch_size=None,
         num_workers=data.workers,

@@ -79,8 +79,8 @@ class Stage(_Strict):
     """Clips outside these are left out of the stage: short clips teach the alignment first."""
     batch_seconds: Annotated[float, Field(gt=1)] | None = None
     """Audio in a batch; that of `data` when not given."""
-    learn: Literal["text", "phones"] = "text"
-    """`phones` trains the blocks up to `phones.layer` alone, on the clips that have phone times."""
+    learn: Literal["text", "frames"] = "text"
+    """`frames` trains the lower blocks alone, on framewise targets; clips need word times."""
 
 
 class Data(_Strict):
@@ -104,13 +104,15 @@ class CTC(_Strict):
     steps: Annotated[int, Field(ge=1)]
 
 
-class Phones(_Strict):
-    """Framewise phone targets on speech positions, for clips whose phone times are known."""
+class Frames(_Strict):
+    """Framewise targets on speech positions, for clips whose phone and word times are known."""
 
-    layer: Annotated[int, Field(ge=0)]
-    """The block after which they are read."""
+    phones_after: Annotated[int, Field(ge=0)]
+    """The block after which phones are read."""
+    tokens_after: Annotated[int, Field(ge=0)]
+    """The block after which the tokens of words that were just said are read."""
     weight: Annotated[float, Field(ge=0)] = 0.3
-    """Beside the next-token loss, in the stages that learn text."""
+    """Of each beside the next-token loss, in the stages that learn text."""
 
 
 class Augment(_Strict):
@@ -158,7 +160,7 @@ class SpeechRecipe(_Run):
     data: Data
     augment: Augment = Augment()
     ctc: CTC | None = None
-    phones: Phones | None = None
+    frames: Frames | None = None
 
     @property
     def steps(self) -> int:
@@ -173,9 +175,9 @@ class SpeechRecipe(_Run):
         return self
 
     @model_validator(mode="after")
-    def _phone_stages_have_a_layer(self) -> Self:
-        if not self.phones and any(stage.learn == "phones" for stage in self.data.stages):
-            raise ValueError("a stage learns phones, but the recipe has no `phones`")
+    def _frame_stages_have_layers(self) -> Self:
+        if not self.frames and any(stage.learn == "frames" for stage in self.data.stages):
+            raise ValueError("a stage learns frames, but the recipe has no `frames`")
         return self
 
     def stage_at(self, step: int) -> Stage:

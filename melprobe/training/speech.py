@@ -1,7 +1,6 @@
 """The speech task: a Mel-LLM that learns to write down what it reads off a spectrogram."""
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,10 @@ from melprobe.model import checkpoint
 from melprobe.model.inference import answer_scores, transcribe
 from melprobe.model.processor import MelLLMFeatureExtractor
 from melprobe.training.ctc import SpeechCTC
-from melprobe.training.data import (
-    Clip,
-    batch_phone_targets,
-    dev_clips,
-    load_corpora,
-    speech_loader,
-)
-from melprobe.training.phones import PhoneHead
+from melprobe.training.data import Clip, dev_clips, frame_targets, load_corpora, speech_loader
+from melprobe.training.frames import PhoneHead, token_loss
+from melprobe.training.reading import Residual, TokenReader
 from melprobe.training.recipe import SpeechRecipe
-from melprobe.training.residual import Residual
 
 # Longer answers don't occur in the corpora's short clips; a looping model is cut here.
 _MAX_NEW_TOKENS = 40
@@ -63,16 +56,22 @@ class SpeechTask:
             checkpoint.load_adapter_state(self.model, checkpoint.read_adapter(start), str(start))
         if recipe.precision == "bf16" and settings.lora:
             _frozen_linears_to_bf16(self.model)
-        self.ctc = self._make_ctc(recipe.ctc.layer) if recipe.ctc else None
-        self.heads = nn.ModuleDict()
-        if recipe.phones:
-            width = self.model.config.text_config.hidden_size
-            self.heads["phones"] = PhoneHead(width, settings.frames_per_patch)
-            self.residual = Residual(self.model, recipe.phones.layer)
         self.dev = {
             name: [(u, load_utterance(u)) for u in clips]
             for name, clips in dev_clips(recipe.data.dev, recipe.data.dev_clips).items()
         }
+        self.heads = nn.ModuleDict()
+        if recipe.ctc or recipe.frames:
+            self.reader = TokenReader(
+                self.model, self._answer_tokens(), self.processor.tokenizer.eos_token_id
+            )
+        if recipe.ctc:
+            self.ctc = SpeechCTC(self.reader, Residual(self.model, recipe.ctc.layer))
+        if recipe.frames:
+            width = self.model.config.text_config.hidden_size
+            self.heads["phones"] = PhoneHead(width, settings.frames_per_patch)
+            self.phone_residual = Residual(self.model, recipe.frames.phones_after)
+            self.token_residual = Residual(self.model, recipe.frames.tokens_after)
 
     def batches(self, start: int) -> Iterable[tuple[int, BatchFeature]]:
         recipe = self.recipe
@@ -83,49 +82,68 @@ class SpeechTask:
             recipe.augment,
             recipe.seed,
             start,
-            phones=recipe.phones is not None,
+            frames=recipe.frames is not None,
         )
 
     def losses(self, model: Any, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """Next-token loss of the answers, and beside it CTC and phones as the recipe asks."""
-        recipe, losses = self.recipe, {}
-        targets = batch.pop("phone_targets", None)
-        if recipe.stage_at(step).learn == "phones":
-            residual = self.residual.of(model, _speech_only(batch, self.processor.audio_token_id))
-            losses["train_loss"], losses["phone_accuracy"] = self._phones(residual, batch, targets)
-            return losses
-        losses["train_loss"] = losses["nll"] = model(**batch).loss
-        if self.ctc and recipe.ctc and step < recipe.ctc.steps:
+        """Next-token loss of the answers, and beside it CTC and frames as the recipe asks."""
+        recipe = self.recipe
+        targets = {key: batch.pop(key) for key in list(batch) if key.endswith("_targets")}
+        if recipe.stage_at(step).learn == "frames":
+            losses = self._frame_losses(model, batch, targets)
+            return {"train_loss": losses["phones"] + losses["tokens"], **losses}
+        losses = {"nll": model(**batch).loss}
+        total = losses["nll"]
+        if recipe.ctc and step < recipe.ctc.steps:
             losses["ctc"] = self.ctc.loss(batch)
-            losses["train_loss"] = losses["train_loss"] + recipe.ctc.weight * losses["ctc"]
-        if recipe.phones and recipe.phones.weight:
-            losses["phones"], losses["phone_accuracy"] = self._phones(
-                self.residual.last(), batch, targets
-            )
-            losses["train_loss"] = losses["train_loss"] + recipe.phones.weight * losses["phones"]
-        return losses
+            total = total + recipe.ctc.weight * losses["ctc"]
+        if recipe.frames and recipe.frames.weight:
+            losses |= self._frame_losses(None, batch, targets)
+            total = total + recipe.frames.weight * (losses["phones"] + losses["tokens"])
+        return {"train_loss": total, **losses}
 
-    def _phones(
-        self, residual: Tensor, batch: Mapping[str, Tensor], targets: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        ids = batch["input_ids"][:, : residual.shape[1]]
-        return self.heads["phones"](residual, ids == self.processor.audio_token_id, targets)
+    def _frame_losses(
+        self, model: Any, batch: Mapping[str, Tensor], targets: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Losses and accuracies of phones and tokens.
 
-    def _make_ctc(self, layer: int) -> SpeechCTC:
-        texts = {plain_text(clip.text) for clip in self.clips}
-        tokens = {token for text in texts for token in self.processor.answer_ids(text)}
-        return SpeechCTC(self.model, layer, tokens, self.processor.tokenizer.eos_token_id)
+        `model` runs as far as the deepest of them needs; without it, it has just run.
+        """
+        deepest = max(self.phone_residual, self.token_residual, key=lambda r: r.layer)
+        if model is not None:
+            batch = _speech_only(batch, self.processor.audio_token_id)
+            deepest.of(model, batch)
+        speech = batch["input_ids"] == self.processor.audio_token_id
+        phones, phones_right = self.heads["phones"](
+            self.phone_residual.last(), speech, targets["phone_targets"]
+        )
+        tokens, tokens_right = token_loss(
+            self.reader, self.token_residual.last(), speech, targets["token_targets"]
+        )
+        return {
+            "phones": phones,
+            "phones_right": phones_right,
+            "tokens": tokens,
+            "tokens_right": tokens_right,
+        }
+
+    def _answer_tokens(self) -> set[int]:
+        heard = [clip.text for clip in self.clips]
+        heard += [u.text for clips in self.dev.values() for u, _ in clips]
+        texts = set(map(plain_text, heard))
+        return {token for text in texts for token in self.processor.answer_ids(text)}
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Per dev manifest: NLL per answer token, the same with another clip's audio, and WER.
 
-        Where phones are learnt, the share of them that is right (clips with phone times).
+        Where frames are learnt, what share of phones and tokens is right (clips with times).
         """
         measured: dict[str, float] = {}
-        if self.recipe.phones:
+        if self.recipe.frames:
             for name, clips in self.dev.items():
-                measured[f"{name}:phone_accuracy"] = self._phone_accuracy(clips)
-        if self.recipe.stage_at(step).learn == "phones":
+                right = self._frames_right(clips)
+                measured |= {f"{name}:{key}": value for key, value in right.items()}
+        if self.recipe.stage_at(step).learn == "frames":
             return measured
         losses = []
         for name, clips in self.dev.items():
@@ -143,18 +161,20 @@ class SpeechTask:
         return {"dev_loss": sum(losses) / len(losses), **measured}
 
     @torch.no_grad()
-    def _phone_accuracy(self, clips: Sequence[tuple[Utterance, np.ndarray]]) -> float:
-        timed = [(Clip(u.id, u, u.text, 0.0, u.duration), wave) for u, wave in clips if u.phones]
+    def _frames_right(self, clips: Sequence[tuple[Utterance, np.ndarray]]) -> dict[str, float]:
+        timed = [(Clip(u.id, u, u.text, 0.0, u.duration), wave) for u, wave in clips if u.words]
         if not timed:
-            return math.nan
+            return {}
         batch = self.processor([wave for _, wave in timed], ["" for _ in timed])
-        targets = batch_phone_targets(
-            [c for c, _ in timed], [1.0] * len(timed), batch, self.processor
-        )
-        on_device = {key: value.to(self.model.device) for key, value in batch.items()}
-        with torch.autocast(self.model.device.type, torch.bfloat16):
-            residual = self.residual.of(self.model, on_device)
-            return self._phones(residual, on_device, targets.to(self.model.device))[1].item()
+        targets = frame_targets([c for c, _ in timed], [1.0] * len(timed), batch, self.processor)
+        device = self.model.device
+        with torch.autocast(device.type, torch.bfloat16):
+            losses = self._frame_losses(
+                self.model,
+                {key: value.to(device) for key, value in batch.items()},
+                {key: value.to(device) for key, value in targets.items()},
+            )
+        return {key: losses[key].item() for key in ("phones_right", "tokens_right")}
 
     def save(self, folder: Path, log: list[dict[str, Any]]) -> None:
         checkpoint.save(self.model, self.processor, folder)

@@ -1,4 +1,4 @@
-"""Phone targets: where they stand, what they teach, and that no checkpoint keeps their head."""
+"""Framewise targets: where they stand, and what their losses are taken over."""
 
 import pytest
 import torch
@@ -8,8 +8,15 @@ from melprobe.corpus.manifest import Span
 from melprobe.corpus.phones import CLASSES, PHONES, fold
 from melprobe.errors import UsageError
 from melprobe.hooks.layers import decoder_blocks
-from melprobe.training.phones import UNKNOWN, PhoneHead, phone_targets
-from melprobe.training.residual import Residual
+from melprobe.training.frames import (
+    UNKNOWN,
+    PhoneHead,
+    phone_targets,
+    token_loss,
+    token_targets,
+    tokens_of_words,
+)
+from melprobe.training.reading import Residual, TokenReader
 from tests.tiny import N_LAYERS, tiny_listener, waves
 
 LAYER = 1
@@ -70,6 +77,50 @@ def test_no_known_target_is_no_loss():
     speech = torch.ones(1, 3, dtype=torch.bool)
     loss, _ = head(torch.randn(1, 3, 8), speech, torch.full((1, 3, 4), UNKNOWN))
     assert loss.item() == 0
+
+
+def test_tokens_stand_at_the_ends_of_their_words():
+    lead, patch = patch_span(0, 8)[0], 0.08
+    words = (
+        Span("one", lead, lead + 1.5 * patch),
+        Span("camera", lead + 2 * patch, lead + 6 * patch),
+    )
+    targets = token_targets(words, [[7], [8, 9]], 1, 10, 8, start=0.0, speed=1.0)
+    assert targets.tolist() == [1, 7, 1, 1, 8, 1, 9, 1, 1, 1]
+    # Twice as fast, they come closer; a patch completes one token at most.
+    targets = token_targets(words, [[5, 6, 7], [8, 9]], 1, 5, 8, start=0.0, speed=2.0)
+    assert targets.tolist() == [5, 6, 7, 8, 9]
+
+
+def test_tokens_that_no_patch_can_answer_for_are_left_out():
+    words = (Span("hello", 0.0, 0.2),)
+    targets = token_targets(words, [[5, 6, 7]], 1, 2, 8, start=0.0, speed=1.0)
+    assert targets.tolist() == [5, 6]
+    assert (token_targets((), [[5]], 1, 2, 8, start=0.0, speed=1.0) == UNKNOWN).all()
+
+
+def test_every_token_of_a_text_belongs_to_a_word():
+    processor = tiny_listener().processor
+    text = "please hold unhearable"
+    words = tokens_of_words(processor.tokenizer, text)
+    assert [token for word in words for token in word] == processor.answer_ids(text)[:-1]
+    assert [processor.decode(word) for word in words] == text.split()
+
+
+def test_tokens_and_blanks_are_averaged_apart():
+    lm = tiny_listener()
+    eos = lm.processor.tokenizer.eos_token_id
+    reader = TokenReader(lm.model, {5, 6}, eos)
+    speech = torch.ones(1, 5, dtype=torch.bool)
+    targets = torch.tensor([[5, eos, 6, UNKNOWN, 6]])  # the last one's answer would be too late
+    residual = torch.randn(1, 5, 32)
+    loss, right = token_loss(reader, residual, speech, targets)
+    decoder = lm.model.get_decoder()
+    logits = decoder.norm(residual[0]) @ decoder.embed_tokens.weight[[eos, 5, 6]].T
+    p = -logits.log_softmax(-1)
+    assert loss.item() == pytest.approx((p[2, 0] + (p[1, 1] + p[3, 2]) / 2).item(), rel=1e-4)
+    hits = (logits[1].argmax() == 1) + (logits[3].argmax() == 2).int()
+    assert right.item() == pytest.approx(hits.item() / 2)
 
 
 def test_the_residual_is_that_of_the_whole_model_and_its_gradient_stops():

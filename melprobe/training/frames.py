@@ -1,0 +1,162 @@
+"""Framewise targets on speech positions, where it is known when each phone and word is said.
+
+A next-token loss says three times a second whether a guess was right, and only once the model has
+found out by itself which patch each word came from. Known times say it at every patch, as in hybrid
+speech recognisers (Bourlard & Morgan 1994): which phones sound (a linear head reads them after one
+block, and is thrown away with the training run), and which token has just been completed (read
+after a later block through the decoder's own final norm and output embeddings; most often none,
+which the end token stands for).
+
+They shape which blocks hear: a checkpoint trained with them says so, and after which blocks.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from melprobe.audio.patches import patch_at, patch_span
+from melprobe.corpus.manifest import Span
+from melprobe.corpus.phones import CLASSES, SILENCE, fold
+from melprobe.training.reading import TokenReader
+
+UNKNOWN = -100
+DELAY = 1
+"""Patches by which answers are late: attention is causal, and sounds are told by what follows."""
+_CLASS = {name: number for number, name in enumerate(CLASSES)}
+
+
+def slots_per_patch(frames_per_patch: int) -> int:
+    """Phone targets in a patch: one every 20 ms, at least one."""
+    return max(1, frames_per_patch // 2)
+
+
+def phone_targets(
+    phones: Sequence[Span], n_patches: int, frames_per_patch: int, start: float, speed: float
+) -> Tensor:
+    """`CLASSES` numbers (patches, slots), `UNKNOWN` throughout for a clip without phone times.
+
+    start: seconds into the recording at which the clip begins; speed: how fast it is played.
+    """
+    slots = slots_per_patch(frames_per_patch)
+    if not phones:
+        return torch.full((n_patches, slots), UNKNOWN)
+    edges, classes = _steps(phones)
+    targets = []
+    for patch in range(n_patches):
+        first, last = patch_span(patch, frames_per_patch)
+        for slot in range(slots):
+            moment = first + (slot + 0.5) * (last - first) / slots
+            targets.append(classes[bisect_right(edges, start + moment * speed)])
+    return torch.tensor(targets).view(n_patches, slots)
+
+
+def _steps(phones: Sequence[Span]) -> tuple[list[float], list[int]]:
+    """Moments at which the class changes, and the classes before, between and after them."""
+    edges, classes = [], [_CLASS[SILENCE]]
+    for label, start, end in phones:
+        parts = fold(label)
+        edges.append(start)  # what was silence until now
+        for number, part in enumerate(parts, 1):
+            classes.append(_CLASS[part])
+            edges.append(start + (end - start) * number / len(parts))
+        classes.append(_CLASS[SILENCE])
+    return edges, classes
+
+
+def token_targets(
+    words: Sequence[Span],
+    tokens: Sequence[Sequence[int]],
+    blank: int,
+    n_patches: int,
+    frames_per_patch: int,
+    start: float,
+    speed: float,
+) -> Tensor:
+    """The token that each patch completes (patches,), `blank` where it completes none.
+
+    words: when each word of the answer is said; tokens: those of each word, which share its time
+    evenly. A patch completes one token at most, so hurried ones are put off; what is left at the
+    end of the clip has no target. `UNKNOWN` throughout for a clip without word times.
+    """
+    if len(words) != len(tokens):
+        return torch.full((n_patches,), UNKNOWN)
+    targets = torch.full((n_patches,), blank)
+    free = 0
+    for (_, begin, end), pieces in zip(words, tokens, strict=True):
+        for number, token in enumerate(pieces, 1):
+            moment = begin + (end - begin) * number / len(pieces)
+            patch = patch_at((moment - start) / speed, frames_per_patch)
+            patch = max(min(patch, n_patches - 1 - DELAY), free)
+            if patch < n_patches:
+                targets[patch] = token
+            free = patch + 1
+    return targets
+
+
+def tokens_of_words(tokenizer: Any, text: str) -> list[list[int]]:
+    """Token ids of `text`, a list for each of its space-separated words."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    words: list[list[int]] = [[] for _ in text.split()]
+    for token, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        words[text.count(" ", 0, end)].append(token)
+    return words
+
+
+def _late(targets: Tensor, speech: Tensor) -> Tensor:
+    """Targets (B, P, ...) moved to the patch that answers for them, in reading order (N, ...)."""
+    moved = targets.roll(DELAY, 1)
+    moved[:, :DELAY] = UNKNOWN
+    counts = speech.sum(1)
+    return moved[torch.arange(targets.shape[1], device=speech.device) < counts[:, None]]
+
+
+class PhoneHead(nn.Module):
+    """Reads phones from residuals at speech positions."""
+
+    def __init__(self, width: int, frames_per_patch: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.linear = nn.Linear(width, slots_per_patch(frames_per_patch) * len(CLASSES))
+
+    def forward(self, residual: Tensor, speech: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy in nat and share of right answers, over all targets that are known.
+
+        residual (B, S, D); speech (B, S) marks the patches; targets (B, P, slots), P the patches
+        of the longest clip. Both are 0 when no target is known.
+        """
+        wanted = _late(targets, speech).flatten()
+        logits = self.linear(self.norm(residual[speech])).float().view(len(wanted), len(CLASSES))
+        known = wanted != UNKNOWN
+        if not known.any():
+            return logits.sum() * 0, logits.new_zeros(())
+        loss = F.cross_entropy(logits[known], wanted[known])
+        return loss, _share_right(logits[known], wanted[known])
+
+
+def token_loss(
+    reader: TokenReader, residual: Tensor, speech: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Nat per completed token plus nat per patch that completes none, and share of tokens right.
+
+    Shapes as in `PhoneHead`, targets (B, P). Tokens and blanks are averaged apart: there are four
+    times as many blanks. Both are 0 when no target is known.
+    """
+    wanted = _late(targets, speech)
+    known = wanted != UNKNOWN
+    scores = reader.scores(residual[speech][known])
+    classes = reader.classes_of(wanted[known])
+    nll = F.nll_loss(scores, classes, reduction="none")
+    blank = classes == 0
+    parts = [nll[mask].mean() for mask in (blank, ~blank) if mask.any()]
+    spoken = ~blank
+    if not spoken.any():
+        return sum(parts, scores.sum() * 0), scores.new_zeros(())
+    return sum(parts, scores.new_zeros(())), _share_right(scores[spoken], classes[spoken])
+
+
+def _share_right(scores: Tensor, classes: Tensor) -> Tensor:
+    return (scores.argmax(1) == classes).float().mean()
