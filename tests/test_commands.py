@@ -211,4 +211,4 @@ def test_the_mel_bench_prints_what_it_promises(capsys):
     bench.main(["mel", "--json"])
     figures = json.loads(capsys.readouterr().out)
     assert figures["max_error"] < 1e-3
-    assert figures["ratio_transformers"] > 1
+    assert figures["ratio_transformers"] > 2  # 5 to 7 on an idle machine

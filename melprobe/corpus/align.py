@@ -62,6 +62,8 @@ def run(args: argparse.Namespace) -> None:
 
     Raises UsageError, before any work, if pocketsphinx or a manifest is missing.
     """
+    if args.jobs < 1:
+        raise UsageError(f"--jobs {args.jobs}: take at least 1")
     known = load_decoder().lookup_word
     manifests = {name: read_manifest(find_manifest(name)) for name in args.manifests}
     for name, utterances in manifests.items():

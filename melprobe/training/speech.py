@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BatchFeature
 
+from melprobe.analysis.sweep import swap_partners
 from melprobe.analysis.wer import corpus_wer, count_errors
 from melprobe.audio.load import load_utterance
 from melprobe.audio.mel import MelSettings, log_mel
@@ -150,7 +151,8 @@ class SpeechTask:
             waves, texts = [wave for _, wave in clips], [u.text for u, _ in clips]
             targets = [plain_text(t) for t in texts]
             intact = answer_scores(self.model, self.processor, waves, targets)
-            swapped = answer_scores(self.model, self.processor, waves[1:] + waves[:1], targets)
+            others = [waves[i] for i in swap_partners([u for u, _ in clips])]
+            swapped = answer_scores(self.model, self.processor, others, targets)
             tokens = intact.tokens.sum()
             heard = transcribe(self.model, self.processor, waves, _MAX_NEW_TOKENS)
             errors = [count_errors(t, h) for t, h in zip(texts, heard, strict=True)]
