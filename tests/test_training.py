@@ -63,7 +63,8 @@ def workshop(tmp_path_factory):
             "train": [{"manifest": str(folder / "train.jsonl")}],
             "dev": [str(folder / "dev.jsonl")],
             "stages": [
-                {"steps": 4, "max_seconds": 0.8, "learn": "frames"},
+                {"steps": 2, "max_seconds": 0.8, "learn": "phones"},
+                {"steps": 2, "max_seconds": 0.8, "learn": "tokens"},
                 {"steps": STEPS - 4},
             ],
             "batch_seconds": 3,
@@ -195,7 +196,7 @@ def test_the_learning_rate_warms_up_and_decays():
         (["{recipe}", "--data.train.7.repeat", "1"], "the recipe has no such field"),
         (["{recipe}", "--seed"], "--seed: a value must follow"),
         (["{recipe}", "seed"], "overrides look like"),
-        (["{recipe}", "--frames", "null"], "a stage learns frames, but the recipe has no `frames`"),
+        (["{recipe}", "--frames", "null"], "a stage learns phones, but the recipe has no `frames`"),
         (["{other}"], "model.colour: Extra inputs"),
     ],
 )

@@ -123,10 +123,10 @@ class BatchOrder(Sampler[tuple[int, list[str]]]):
     def _endless(self, number: int, stage: Stage) -> Iterator[list[str]]:
         shortest, longest = stage.min_seconds, stage.max_seconds
         cuts = [cut for cut in self.cuts if shortest <= cut.duration <= longest]
-        if stage.learn == "frames":
+        if stage.learn != "text":
             cuts = [cut for cut in cuts if cut.id in self.timed]
         if not cuts:
-            what = " and has word times" if stage.learn == "frames" else ""
+            what = " and has word times" if stage.learn != "text" else ""
             raise UsageError(
                 f"data.stages.{number}: no training clip lasts {shortest} to {longest} s{what}"
             )

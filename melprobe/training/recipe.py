@@ -79,8 +79,9 @@ class Stage(_Strict):
     """Clips outside these are left out of the stage: short clips teach the alignment first."""
     batch_seconds: Annotated[float, Field(gt=1)] | None = None
     """Audio in a batch; that of `data` when not given."""
-    learn: Literal["text", "frames"] = "text"
-    """`frames` trains the lower blocks alone, on framewise targets; clips need word times."""
+    learn: Literal["text", "tokens", "phones"] = "text"
+    """`phones`: their framewise targets alone, and no block above `frames.phones_after`; `tokens`:
+    those of tokens as well, up to `frames.tokens_after`. Both need clips with word times."""
 
 
 class Data(_Strict):
@@ -111,8 +112,16 @@ class Frames(_Strict):
     """The block after which phones are read."""
     tokens_after: Annotated[int, Field(ge=0)]
     """The block after which the tokens of words that were just said are read."""
+    token_weight: Annotated[float, Field(gt=0)] = 0.5
+    """Of tokens beside phones: at first their gradient is noise, and drowns that of the phones."""
     weight: Annotated[float, Field(ge=0)] = 0.3
-    """Of each beside the next-token loss, in the stages that learn text."""
+    """Of both beside the next-token loss, in the stages that learn text."""
+
+    @model_validator(mode="after")
+    def _sounds_before_words(self) -> Self:
+        if self.tokens_after < self.phones_after:
+            raise ValueError("tokens_after is below phones_after")
+        return self
 
 
 class Augment(_Strict):
@@ -176,8 +185,9 @@ class SpeechRecipe(_Run):
 
     @model_validator(mode="after")
     def _frame_stages_have_layers(self) -> Self:
-        if not self.frames and any(stage.learn == "frames" for stage in self.data.stages):
-            raise ValueError("a stage learns frames, but the recipe has no `frames`")
+        for stage in self.data.stages:
+            if stage.learn != "text" and not self.frames:
+                raise ValueError(f"a stage learns {stage.learn}, but the recipe has no `frames`")
         return self
 
     def stage_at(self, step: int) -> Stage:

@@ -88,45 +88,43 @@ class SpeechTask:
 
     def losses(self, model: Any, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """Next-token loss of the answers, and beside it CTC and frames as the recipe asks."""
-        recipe = self.recipe
+        recipe, learn = self.recipe, self.recipe.stage_at(step).learn
         targets = {key: batch.pop(key) for key in list(batch) if key.endswith("_targets")}
-        if recipe.stage_at(step).learn == "frames":
-            losses = self._frame_losses(model, batch, targets)
-            return {"train_loss": losses["phones"] + losses["tokens"], **losses}
+        if learn != "text":
+            batch = _speech_only(batch, self.processor.audio_token_id)
+            deepest = self.token_residual if learn == "tokens" else self.phone_residual
+            deepest.of(model, batch)
+            losses = self._frame_losses(batch, targets, tokens=learn == "tokens")
+            return {"train_loss": self._frame_total(losses), **losses}
         losses = {"nll": model(**batch).loss}
         total = losses["nll"]
         if recipe.ctc and step < recipe.ctc.steps:
             losses["ctc"] = self.ctc.loss(batch)
             total = total + recipe.ctc.weight * losses["ctc"]
         if recipe.frames and recipe.frames.weight:
-            losses |= self._frame_losses(None, batch, targets)
-            total = total + recipe.frames.weight * (losses["phones"] + losses["tokens"])
+            losses |= self._frame_losses(batch, targets, tokens=True)
+            total = total + recipe.frames.weight * self._frame_total(losses)
         return {"train_loss": total, **losses}
 
-    def _frame_losses(
-        self, model: Any, batch: Mapping[str, Tensor], targets: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Losses and accuracies of phones and tokens.
+    def _frame_total(self, losses: Mapping[str, Tensor]) -> Tensor:
+        if self.recipe.frames and "tokens" in losses:
+            return losses["phones"] + self.recipe.frames.token_weight * losses["tokens"]
+        return losses["phones"]
 
-        `model` runs as far as the deepest of them needs; without it, it has just run.
-        """
-        deepest = max(self.phone_residual, self.token_residual, key=lambda r: r.layer)
-        if model is not None:
-            batch = _speech_only(batch, self.processor.audio_token_id)
-            deepest.of(model, batch)
+    def _frame_losses(
+        self, batch: Mapping[str, Tensor], targets: Mapping[str, Tensor], *, tokens: bool
+    ) -> dict[str, Tensor]:
+        """Losses and accuracies of phones and, if asked for, tokens in the pass that just ran."""
         speech = batch["input_ids"] == self.processor.audio_token_id
-        phones, phones_right = self.heads["phones"](
+        losses = {}
+        losses["phones"], losses["phones_right"] = self.heads["phones"](
             self.phone_residual.last(), speech, targets["phone_targets"]
         )
-        tokens, tokens_right = token_loss(
-            self.reader, self.token_residual.last(), speech, targets["token_targets"]
-        )
-        return {
-            "phones": phones,
-            "phones_right": phones_right,
-            "tokens": tokens,
-            "tokens_right": tokens_right,
-        }
+        if tokens:
+            losses["tokens"], losses["tokens_right"] = token_loss(
+                self.reader, self.token_residual.last(), speech, targets["token_targets"]
+            )
+        return losses
 
     def _answer_tokens(self) -> set[int]:
         heard = [clip.text for clip in self.clips]
@@ -144,7 +142,7 @@ class SpeechTask:
             for name, clips in self.dev.items():
                 right = self._frames_right(clips)
                 measured |= {f"{name}:{key}": value for key, value in right.items()}
-        if self.recipe.stage_at(step).learn == "frames":
+        if self.recipe.stage_at(step).learn != "text":
             return measured
         losses = []
         for name, clips in self.dev.items():
@@ -170,11 +168,11 @@ class SpeechTask:
         batch = self.processor([wave for _, wave in timed], ["" for _ in timed])
         targets = frame_targets([c for c, _ in timed], [1.0] * len(timed), batch, self.processor)
         device = self.model.device
+        inputs = {key: value.to(device) for key, value in batch.items()}
         with torch.autocast(device.type, torch.bfloat16):
+            self.token_residual.of(self.model, inputs)
             losses = self._frame_losses(
-                self.model,
-                {key: value.to(device) for key, value in batch.items()},
-                {key: value.to(device) for key, value in targets.items()},
+                inputs, {key: value.to(device) for key, value in targets.items()}, tokens=True
             )
         return {key: losses[key].item() for key in ("phones_right", "tokens_right")}
 
