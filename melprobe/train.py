@@ -18,7 +18,7 @@ from melprobe.training.recipe import Recipe, SpeechRecipe, read_recipe
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the recipe with its overrides, train."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] in (["-h"], ["--help"]):
+    if {"-h", "--help"} & set(words):
         print(__doc__)
         return
     if not words or words[0].startswith("-"):
@@ -30,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     task = _task(recipe)  # a recipe that can't begin leaves no folder behind
     _write_recipe(recipe)
     log = fit(task, recipe)
-    print(f"trained to step {log[-1]['step']}; best checkpoint: {recipe.out / 'best'}")
+    best = recipe.out / "best"  # a run that learns no text has none
+    found = f"best checkpoint: {best}" if best.exists() else f"checkpoint: {recipe.out / 'last'}"
+    print(f"trained to step {log[-1]['step']}; {found}")
 
 
 def _overrides(words: list[str]) -> dict[str, str]:
@@ -59,7 +61,9 @@ def _refuse_other_recipe(recipe: Recipe) -> None:
         raise UsageError(
             f"{path}: damaged, or a recipe of another kind; take another --out, or delete it"
         ) from None
-    fields = [f for f in type(recipe).model_fields if getattr(old, f) != getattr(recipe, f)]
+    # A folder may be moved, or named from elsewhere.
+    names = type(recipe).model_fields.keys() - {"out"}
+    fields = sorted(name for name in names if getattr(old, name) != getattr(recipe, name))
     if fields:
         raise UsageError(
             f"{recipe.out}: started with another recipe ({', '.join(fields)} differ); "

@@ -17,7 +17,7 @@ LAYER = 1
 
 def speech_ctc(lm: Listener, token_ids: Iterable[int]) -> SpeechCTC:
     reader = TokenReader(lm.model, token_ids, lm.processor.tokenizer.eos_token_id)
-    return SpeechCTC(reader, Residual(lm.model, LAYER))
+    return SpeechCTC(reader, Residual(lm.model, LAYER, "ctc.layer"))
 
 
 def test_it_is_the_likelihood_of_all_alignments():

@@ -1,16 +1,19 @@
 """Framewise targets: where they stand, and what their losses are taken over."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from melprobe.audio.patches import patch_span
-from melprobe.corpus.manifest import Span
+from melprobe.corpus.manifest import Span, Utterance
 from melprobe.corpus.phones import CLASSES, PHONES, fold
 from melprobe.errors import UsageError
 from melprobe.hooks.layers import decoder_blocks
 from melprobe.training.frames import (
     UNKNOWN,
     PhoneHead,
+    check_phones,
     phone_targets,
     token_loss,
     token_targets,
@@ -36,6 +39,9 @@ def test_two_alphabets_fold_into_one():
 def test_an_unknown_symbol_is_one_line():
     with pytest.raises(UsageError, match="phone 'ʘ'"):
         fold("ʘ")
+    clip = Utterance("a", Path("a"), "", 1.0, phones=(Span("ʘ", 0, 1),), where="own.jsonl:3")
+    with pytest.raises(UsageError, match=r"own\.jsonl:3: phone 'ʘ'"):
+        check_phones([clip])
 
 
 def test_targets_are_the_phones_at_their_moments():
@@ -126,7 +132,7 @@ def test_tokens_and_blanks_are_averaged_apart():
 def test_the_residual_is_that_of_the_whole_model_and_its_gradient_stops():
     lm = tiny_listener()
     batch = lm.processor(waves(0.5, 0.9), ["the press", "one"])
-    residual = Residual(lm.model, LAYER)
+    residual = Residual(lm.model, LAYER, "frames.phones_after")
     lm.model(**batch)
     whole = residual.last().detach().clone()
     alone = residual.of(lm.model, batch)
@@ -137,5 +143,6 @@ def test_the_residual_is_that_of_the_whole_model_and_its_gradient_stops():
 
 
 def test_the_last_block_has_no_next_one_to_listen_at():
-    with pytest.raises(UsageError, match=f"blocks 0 to {N_LAYERS - 2}"):
-        Residual(tiny_listener().model, N_LAYERS - 1)
+    message = f"ctc.layer {N_LAYERS - 1}: take a block from 0 to {N_LAYERS - 2}"
+    with pytest.raises(UsageError, match=message):
+        Residual(tiny_listener().model, N_LAYERS - 1, "ctc.layer")

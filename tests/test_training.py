@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 import soundfile
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from melprobe import train
@@ -190,10 +193,18 @@ def test_the_learning_rate_warms_up_and_decays():
     ("words", "message"),
     [
         ([], "name a recipe"),
-        (["nowhere.yaml"], "nowhere.yaml: not a readable YAML recipe"),
+        (["nowhere.yaml"], "nowhere.yaml: there is no such recipe"),
         (["{recipe}", "--optim.lr", "-1"], "greater than 0"),
         (["{recipe}", "--optim.speed", "1"], "optim.speed: Extra inputs"),
         (["{recipe}", "--data.train.7.repeat", "1"], "the recipe has no such field"),
+        (
+            ["{recipe}", "--data.stages.2.min_seconds", "9"],
+            "stages.2: no training clip lasts 9",
+        ),
+        (["{recipe}", "--data.dev_clips", "1"], "data.dev .*, 1 of its clips"),
+        (["{recipe}", "--augment.speed", "[1.2, 0.8]"], "augment.speed: 1.2 to 0.8: the lower"),
+        (["{recipe}", "--ctc", "{{layer: 3, steps: 1}}"], "ctc.layer 3: take a block from 0 to 2"),
+        (["{recipe}", "--seed", "-1"], "seed: Input should be greater"),
         (["{recipe}", "--seed"], "--seed: a value must follow"),
         (["{recipe}", "seed"], "overrides look like"),
         (["{recipe}", "--frames", "null"], "a stage learns phones, but the recipe has no `frames`"),
@@ -217,6 +228,63 @@ def test_a_recipe_that_cannot_begin_leaves_no_folder(workshop):
     with pytest.raises(UsageError, match="no base model 'nothing'"):
         train.main(command)
     assert not out.exists()
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(workshop):
+    out = workshop / "diverged"
+    rates = ["--optim.lr", "1e9", "--optim.warmup", "0", "--optim.clip", "1e9"]
+    with pytest.raises(UsageError, match=r"take a lower .* and another --out"):
+        train.main([str(workshop / "recipe.yaml"), "--out", str(out), *rates])
+    for path in out.glob("state/*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values())
+
+
+def test_a_damaged_state_is_one_line(workshop, uninterrupted):
+    out = workshop / "damaged-state"
+    shutil.copytree(uninterrupted, out)
+    weights = out / "state" / "state.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UsageError, match=r"state: damaged .*; delete it to begin again"):
+        train.main([str(workshop / "recipe.yaml"), "--out", str(out)])
+
+
+def test_clips_without_times_are_left_out_of_the_stages_that_need_them(workshop):
+    data = read_recipe(workshop / "recipe.yaml").data
+    clips, _ = load_corpora(data)
+    timed = {clip.id for clip in clips if clip.source.phones}
+    drawn = [set(ids) for _, ids in BatchOrder(clips, data, seed=0)]
+    assert set().union(*drawn[:4]) <= timed < set().union(*drawn[4:])
+    mistold = [replace(c, text=c.text + " more") for c in clips]
+    with pytest.raises(UsageError, match="none of them has times for tokens"):
+        BatchOrder(mistold, data, seed=0)
+
+
+def test_text_is_learnt_without_audio(tmp_path):
+    sentences = tmp_path / "s.txt"
+    lines = [f"{a} {b} {c}" for a in WORDS for b in WORDS for c in WORDS[:3]]
+    sentences.write_text("\n".join(lines))
+    recipe = {
+        "task": "text",
+        "out": str(tmp_path / "run"),
+        "steps": 3,
+        "sentences": [str(sentences)],
+        "vocabulary": 300,
+        "layers": 2,
+        "width": 32,
+        "heads": 4,
+        "kv_heads": 2,
+        "feed_forward": 32,
+        "batch_tokens": 128,
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    train.main([str(tmp_path / "r.yaml")])
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "run" / "best")
+    assert model.config.num_hidden_layers == 2
+    sentences.write_text("\n".join(lines[:200]))
+    with pytest.raises(UsageError, match="sentences: 200 different ones"):
+        train.main([str(tmp_path / "r.yaml"), "--out", str(tmp_path / "few")])
+    with pytest.raises(UsageError, match="width 32 must be a multiple of twice heads, 5"):
+        train.main([str(tmp_path / "r.yaml"), "--heads", "5"])
 
 
 def test_a_damaged_recipe_in_the_folder_is_one_line(workshop, tmp_path):

@@ -12,6 +12,7 @@ from itertools import count, islice
 
 import numpy as np
 from lhotse import CutSet
+from lhotse.cut import Cut
 from lhotse.dataset import DynamicBucketingSampler
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -58,6 +59,10 @@ class Clip:
         end = self.start + self.duration
         return [w for w in self.source.words if self.start <= (w.start + w.end) / 2 <= end]
 
+    def words_are_timed(self) -> bool:
+        """Whether it is known when each word of the text is said."""
+        return len(self.words()) == len(plain_text(self.text).split())
+
 
 def load_corpora(data: Data) -> tuple[list[Clip], dict[str, int]]:
     """Training clips, and how many utterances each corpus lost to the leak check.
@@ -97,6 +102,8 @@ def _clips(u: Utterance, name: str, crop_words: int | None) -> list[Clip]:
         piece = u.words[first : first + crop_words]
         start = max(0.0, piece[0].start - _MARGIN)
         seconds = min(u.duration, piece[-1].end + _MARGIN) - start
+        if seconds <= 0:
+            raise UsageError(f"{u.where}: words: {piece[0].label!r} is said after the clip's end")
         text = " ".join(word.label for word in piece)
         clips.append(Clip(f"{name}@{first}", u, text, start, seconds))
     return clips
@@ -107,7 +114,13 @@ class BatchOrder(Sampler[tuple[int, list[str]]]):
 
     def __init__(self, clips: list[Clip], data: Data, seed: int, start: int = 0):
         self.cuts = to_cuts(replace(c.source, id=c.id, duration=c.duration) for c in clips)
-        self.timed = {clip.id for clip in clips if clip.source.words}
+        self.usable = {
+            "text": {clip.id for clip in clips},
+            "phones": {clip.id for clip in clips if clip.source.phones},
+            "tokens": {clip.id for clip in clips if clip.source.phones and clip.words_are_timed()},
+        }
+        for number, stage in enumerate(data.stages):
+            self._cuts_of(number, stage)
         self.data = data
         self.seed = seed
         self.start = start
@@ -120,16 +133,19 @@ class BatchOrder(Sampler[tuple[int, list[str]]]):
         )
         return islice(enumerate(batches), self.start, None)
 
+    def _cuts_of(self, number: int, stage: Stage) -> list[Cut]:
+        """The clips that a stage may draw; UsageError if there are none."""
+        shortest, longest, usable = stage.min_seconds, stage.max_seconds, self.usable[stage.learn]
+        fitting = [cut for cut in self.cuts if shortest <= cut.duration <= longest]
+        if cuts := [cut for cut in fitting if cut.id in usable]:
+            return cuts
+        without = f", or none of them has times for {stage.learn}" if fitting else ""
+        raise UsageError(
+            f"data.stages.{number}: no training clip lasts {shortest} to {longest} s{without}"
+        )
+
     def _endless(self, number: int, stage: Stage) -> Iterator[list[str]]:
-        shortest, longest = stage.min_seconds, stage.max_seconds
-        cuts = [cut for cut in self.cuts if shortest <= cut.duration <= longest]
-        if stage.learn != "text":
-            cuts = [cut for cut in cuts if cut.id in self.timed]
-        if not cuts:
-            what = " and has word times" if stage.learn != "text" else ""
-            raise UsageError(
-                f"data.stages.{number}: no training clip lasts {shortest} to {longest} s{what}"
-            )
+        cuts = self._cuts_of(number, stage)
         for epoch in count():
             seed = self.seed + 7919 * number + epoch
             # The sampler shuffles a window of 20,000 cuts, within which corpora would come one
@@ -147,7 +163,7 @@ class BatchOrder(Sampler[tuple[int, list[str]]]):
 
 
 class SpeechBatches(Dataset[tuple[int, BatchFeature]]):
-    """Loads, augments and featurises the clips of one step."""
+    """Loads, augments and featurises the clips of one step; `frames` adds `frame_targets`."""
 
     def __init__(
         self,
@@ -155,6 +171,7 @@ class SpeechBatches(Dataset[tuple[int, BatchFeature]]):
         processor: MelLLMProcessor,
         augment: Augment,
         seed: int,
+        *,
         frames: bool,
     ):
         self.by_id = {clip.id: clip for clip in clips}
@@ -215,21 +232,15 @@ def frame_targets(
 
 
 def speech_loader(
-    clips: list[Clip],
-    processor: MelLLMProcessor,
-    data: Data,
-    augment: Augment,
-    seed: int,
-    start: int,
-    frames: bool = False,
+    order: BatchOrder, batches: SpeechBatches, workers: int
 ) -> DataLoader[tuple[int, BatchFeature]]:
-    """Endless-as-the-recipe batches from step `start` on; `frames` adds `frame_targets`."""
+    """The batches of `order`, prepared ahead in `workers` processes."""
     return DataLoader(
-        SpeechBatches(clips, processor, augment, seed, frames),
-        sampler=BatchOrder(clips, data, seed, start),
+        batches,
+        sampler=order,
         batch_size=None,
-        num_workers=data.workers,
-        prefetch_factor=4 if data.workers else None,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
     )
 
 

@@ -11,7 +11,7 @@ They shape which blocks hear: a checkpoint trained with them says so, and after 
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,14 +19,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from melprobe.audio.patches import patch_at, patch_span
-from melprobe.corpus.manifest import Span
+from melprobe.corpus.manifest import Span, Utterance
 from melprobe.corpus.phones import CLASSES, SILENCE, fold
+from melprobe.errors import UsageError
 from melprobe.training.reading import TokenReader
 
 UNKNOWN = -100
 DELAY = 1
 """Patches by which answers are late: attention is causal, and sounds are told by what follows."""
 _CLASS = {name: number for number, name in enumerate(CLASSES)}
+
+
+def check_phones(utterances: Iterable[Utterance]) -> None:
+    """UsageError for a phone that has no class: before training, not an hour into it."""
+    known: set[str] = set()
+    for u in utterances:
+        for label in {phone.label for phone in u.phones} - known:
+            try:
+                fold(label)
+            except UsageError as error:
+                raise UsageError(f"{u.where}: {error}") from None
+            known.add(label)
 
 
 def slots_per_patch(frames_per_patch: int) -> int:

@@ -55,7 +55,7 @@ def learning_rate_scale(step: int, steps: int, optim: Optim) -> float:
 def fit(task: Task, recipe: Recipe) -> list[dict[str, Any]]:
     """Train `task` as `recipe` says, from its saved state if there is one; returns the log."""
     accelerator = Accelerator(
-        mixed_precision=recipe.precision,
+        mixed_precision="bf16" if recipe.precision == "bf16" else "no",
         gradient_accumulation_steps=recipe.optim.accumulate,
         cpu=not torch.cuda.is_available(),
     )
@@ -85,24 +85,18 @@ def fit(task: Task, recipe: Recipe) -> list[dict[str, Any]]:
             for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
                 group["lr"] = rate * scale
             torch.manual_seed(recipe.seed + step)  # dropout, where the base has any
-            state.running.append(
-                _update(accelerator, task, model, optimizer, batch, step, recipe.optim.clip)
-            )
+            losses = _update(accelerator, task, model, optimizer, batch, step, recipe.optim.clip)
+            _check_finite(losses["train_loss"], recipe, step)
+            state.running.append(losses)
             state.step, state.seconds = step + 1, time.monotonic() - clock
             last = state.step == recipe.steps
             if state.step % recipe.log_every == 0 or last:
-                losses = _means(state.running)
-                loss = losses["train_loss"]
+                means = _means(state.running)
                 state.running.clear()
-                if not math.isfinite(loss):
-                    raise UsageError(
-                        f"{recipe.out}: the loss is {loss} at step {state.step}; lower optim.lr "
-                        "and train again (the last state is from before)"
-                    )
-                state.note({**losses, "lr_scale": scale}, writer)
-                progress.update(bar, note=f"loss {loss:.3f}")
+                state.note({**means, "lr_scale": scale}, writer)
+                progress.update(bar, note=f"loss {means['train_loss']:.3f}")
                 if not progress.console.is_terminal:
-                    parts = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+                    parts = " ".join(f"{name} {value:.3f}" for name, value in means.items())
                     print(f"step {state.step} {parts} {state.seconds:.0f} s", flush=True)
             if state.step % recipe.evaluate_every == 0 or last:
                 measured = _evaluate(task, step)
@@ -113,6 +107,8 @@ def fit(task: Task, recipe: Recipe) -> list[dict[str, Any]]:
                     replace_folder(recipe.out / "best", lambda best: task.save(best, state.log))
             at_update = state.step % recipe.optim.accumulate == 0
             if last or (at_update and time.monotonic() - saved > 60 * recipe.save_minutes):
+                for parameter in trainable.values():  # before a loss has come of it
+                    _check_finite(parameter.detach().sum().item(), recipe, step)
                 state.save()
                 saved = time.monotonic()
             progress.update(bar, completed=state.step)
@@ -141,6 +137,14 @@ def _update(
         optimizer.step()
         optimizer.zero_grad()
     return {name: loss.item() for name, loss in losses.items()}
+
+
+def _check_finite(value: float, recipe: Recipe, step: int) -> None:
+    if not math.isfinite(value):
+        raise UsageError(
+            f"{recipe.out}: loss or weights are {value} at step {step + 1}; take a lower optim.lr "
+            "and another --out"
+        )
 
 
 def _means(losses: list[dict[str, float]]) -> dict[str, float]:

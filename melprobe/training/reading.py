@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from melprobe.hooks.layers import check_layers, decoder_blocks
+from melprobe.errors import UsageError
+from melprobe.hooks.layers import decoder_blocks
 from melprobe.model.modelling import MelLLMForConditionalGeneration
 
 
@@ -17,12 +18,14 @@ class _Enough(Exception):
 class Residual:
     """The residual stream after block `layer` in the forward pass that ran last.
 
-    It listens at the next block's entrance, so the last block can't be had: UsageError.
+    It listens at the next block's entrance, so the last block can't be had. `field` is what the
+    recipe calls the layer, for the UsageError.
     """
 
-    def __init__(self, model: nn.Module, layer: int):
+    def __init__(self, model: nn.Module, layer: int, field: str):
         blocks = decoder_blocks(model)
-        check_layers([layer], len(blocks) - 1)
+        if not 0 <= layer < len(blocks) - 1:
+            raise UsageError(f"{field} {layer}: take a block from 0 to {len(blocks) - 2}")
         self.layer = layer
         self._kept: Tensor | None = None
         self._stop = False

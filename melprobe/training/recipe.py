@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 import yaml
 from peft import LoraConfig
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from melprobe.audio.mel import Normalisation
 from melprobe.errors import UsageError
@@ -135,6 +135,13 @@ class Augment(_Strict):
     frequency_mask_bins: Annotated[int, Field(ge=1, lt=80)] = 12
     """SpecAugment (Park et al. 2019) without time warping."""
 
+    @field_validator("speed", "noise_snr_db")
+    @classmethod
+    def _low_to_high(cls, bounds: tuple[float, float]) -> tuple[float, float]:
+        if bounds[0] > bounds[1]:
+            raise ValueError(f"{bounds[0]} to {bounds[1]}: the lower bound comes first")
+        return bounds
+
 
 class Optim(_Strict):
     lr: Annotated[float, Field(gt=0)] = 1e-3
@@ -150,8 +157,8 @@ class Optim(_Strict):
 
 class _Run(_Strict):
     out: Path
-    seed: int = 0
-    precision: Literal["no", "bf16"] = "bf16"
+    seed: Annotated[int, Field(ge=0)] = 0
+    precision: Literal["float32", "bf16"] = "bf16"
     compile: bool = False
     """torch.compile the decoder blocks: needs a C++ compiler and a minute, then halves the time."""
     optim: Optim = Optim()
@@ -206,15 +213,24 @@ class TextRecipe(_Run):
     steps: Annotated[int, Field(ge=1)]
     sentences: tuple[str, ...]
     """Text files (one sentence a line), `wordnet`, `words`, or `manifest:NAME`."""
-    vocabulary: int = 1024
-    layers: int = 10
-    width: int = 192
-    heads: int = 6
-    kv_heads: int = 3
-    feed_forward: int = 512
-    batch_tokens: int = 4096
+    vocabulary: Annotated[int, Field(ge=300)] = 1024
+    layers: Annotated[int, Field(ge=1)] = 10
+    width: Annotated[int, Field(ge=2)] = 192
+    heads: Annotated[int, Field(ge=1)] = 6
+    kv_heads: Annotated[int, Field(ge=1)] = 3
+    feed_forward: Annotated[int, Field(ge=1)] = 512
+    batch_tokens: Annotated[int, Field(ge=1)] = 4096
     copy_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of examples that repeat a text: the circuit that transcribing will use."""
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.width % (2 * self.heads) or self.heads % self.kv_heads:
+            raise ValueError(
+                f"width {self.width} must be a multiple of twice heads, {self.heads}, and heads of "
+                f"kv_heads, {self.kv_heads}"
+            )
+        return self
 
 
 Recipe = SpeechRecipe | TextRecipe
@@ -227,6 +243,8 @@ def read_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recip
     """
     try:
         fields = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UsageError(f"{path}: there is no such recipe") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         message = f"{path}: not a readable YAML recipe ({error})"
         raise UsageError(" ".join(message.split())) from None
@@ -256,4 +274,4 @@ def _set_field(fields: dict[str, Any], name: str, value: str) -> None:
 def _describe(error: ValidationError) -> str:
     """A validation error in one line: every field, and what is wrong with it."""
     parts = [f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors()]
-    return "; ".join(parts)
+    return "; ".join(parts).replace("Value error, ", "")

@@ -16,12 +16,22 @@ from melprobe.audio.load import load_utterance
 from melprobe.audio.mel import MelSettings, log_mel
 from melprobe.corpus.manifest import Utterance
 from melprobe.corpus.text import plain_text
+from melprobe.errors import UsageError
 from melprobe.model import checkpoint
+from melprobe.model.adapter import ADAPTER
 from melprobe.model.inference import answer_scores, transcribe
 from melprobe.model.processor import MelLLMFeatureExtractor
 from melprobe.training.ctc import SpeechCTC
-from melprobe.training.data import Clip, dev_clips, frame_targets, load_corpora, speech_loader
-from melprobe.training.frames import PhoneHead, token_loss
+from melprobe.training.data import (
+    BatchOrder,
+    Clip,
+    SpeechBatches,
+    dev_clips,
+    frame_targets,
+    load_corpora,
+    speech_loader,
+)
+from melprobe.training.frames import PhoneHead, check_phones, token_loss
 from melprobe.training.reading import Residual, TokenReader
 from melprobe.training.recipe import SpeechRecipe
 
@@ -40,6 +50,7 @@ class SpeechTask:
         )
         torch.manual_seed(recipe.seed)
         self.clips, self.dropped = load_corpora(recipe.data)
+        self.order = BatchOrder(self.clips, recipe.data, recipe.seed)
         if settings.normalisation == "global":
             extractor.mean, extractor.std = mel_statistics(self.clips, settings.f_max, recipe.seed)
         self.model, self.processor = checkpoint.create(
@@ -54,6 +65,8 @@ class SpeechTask:
         )
         if settings.init:
             start = checkpoint.find_checkpoint(settings.init)
+            if not (start / ADAPTER).is_file():
+                raise UsageError(f"model.init {start}: tuned whole; take one with an adapter")
             checkpoint.load_adapter_state(self.model, checkpoint.read_adapter(start), str(start))
         if recipe.precision == "bf16" and settings.lora:
             _frozen_linears_to_bf16(self.model)
@@ -61,30 +74,33 @@ class SpeechTask:
             name: [(u, load_utterance(u)) for u in clips]
             for name, clips in dev_clips(recipe.data.dev, recipe.data.dev_clips).items()
         }
+        self.partners = {name: _partners(name, clips) for name, clips in self.dev.items()}
         self.heads = nn.ModuleDict()
         if recipe.ctc or recipe.frames:
             self.reader = TokenReader(
                 self.model, self._answer_tokens(), self.processor.tokenizer.eos_token_id
             )
         if recipe.ctc:
-            self.ctc = SpeechCTC(self.reader, Residual(self.model, recipe.ctc.layer))
+            self.ctc = SpeechCTC(self.reader, Residual(self.model, recipe.ctc.layer, "ctc.layer"))
         if recipe.frames:
+            check_phones(clip.source for clip in self.clips)
             width = self.model.config.text_config.hidden_size
             self.heads["phones"] = PhoneHead(width, settings.frames_per_patch)
-            self.phone_residual = Residual(self.model, recipe.frames.phones_after)
-            self.token_residual = Residual(self.model, recipe.frames.tokens_after)
+            after = recipe.frames
+            self.phone_residual = Residual(self.model, after.phones_after, "frames.phones_after")
+            self.token_residual = Residual(self.model, after.tokens_after, "frames.tokens_after")
 
     def batches(self, start: int) -> Iterable[tuple[int, BatchFeature]]:
         recipe = self.recipe
-        return speech_loader(
+        self.order.start = start
+        batches = SpeechBatches(
             self.clips,
             self.processor,
-            recipe.data,
             recipe.augment,
             recipe.seed,
-            start,
             frames=recipe.frames is not None,
         )
+        return speech_loader(self.order, batches, recipe.data.workers)
 
     def losses(self, model: Any, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """Next-token loss of the answers, and beside it CTC and frames as the recipe asks."""
@@ -149,7 +165,7 @@ class SpeechTask:
             waves, texts = [wave for _, wave in clips], [u.text for u, _ in clips]
             targets = [plain_text(t) for t in texts]
             intact = answer_scores(self.model, self.processor, waves, targets)
-            others = [waves[i] for i in swap_partners([u for u, _ in clips])]
+            others = [waves[i] for i in self.partners[name]]
             swapped = answer_scores(self.model, self.processor, others, targets)
             tokens = intact.tokens.sum()
             heard = transcribe(self.model, self.processor, waves, _MAX_NEW_TOKENS)
@@ -188,6 +204,14 @@ class SpeechTask:
             "speakers": len({clip.source.speaker for clip in self.clips}),
         }
         (folder / "data.json").write_text(json.dumps(data, indent=2) + "\n")
+
+
+def _partners(name: str, clips: Sequence[tuple[Utterance, np.ndarray]]) -> list[int]:
+    """`swap_partners`, asked for before any training."""
+    try:
+        return swap_partners([u for u, _ in clips])
+    except UsageError as error:
+        raise UsageError(f"data.dev {name}, {len(clips)} of its clips: {error}") from None
 
 
 def _speech_only(batch: Mapping[str, Tensor], audio_token_id: int) -> dict[str, Tensor]:

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
+
+from melprobe.errors import UsageError
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -54,7 +57,12 @@ class State:
         """Losses and their parts since the last line of the log."""
         self.log: list[dict[str, Any]] = []
         if recover_folder(folder):
-            self._load()
+            try:
+                self._load()
+            except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+                raise UsageError(
+                    f"{folder}: damaged ({type(error).__name__}: {error}); delete it to begin again"
+                ) from None
 
     def note(self, measured: dict[str, float], writer: SummaryWriter) -> None:
         """Add a line to the log: what was measured, at which step and second of training."""

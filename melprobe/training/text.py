@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from melprobe.corpus.sentences import read_sentences, word_sequences
 from melprobe.corpus.text import plain_text
+from melprobe.errors import UsageError
 from melprobe.training.recipe import TextRecipe
 
 BOS, EOS, ANSWER = "<|bos|>", "<|eos|>", "<|answer|>"
@@ -32,6 +33,11 @@ class TextTask:
         files = [name for name in recipe.sentences if name != "words"]
         sentences = [plain_text(s) for name in files for s in read_sentences(name)]
         random.Random(recipe.seed).shuffle(sentences)
+        if len(sentences) <= _DEV_SENTENCES:
+            raise UsageError(
+                f"sentences: {len(sentences)} different ones; {_DEV_SENTENCES} are for dev, and "
+                "training needs more"
+            )
         self.dev = sentences[:_DEV_SENTENCES]
         # In order of length, so that neighbours make a batch without padding.
         self.train = sorted(sentences[_DEV_SENTENCES:], key=len)
@@ -56,6 +62,7 @@ class TextTask:
                 pad_token_id=self.tokenizer.pad_token_id,
             )
         )
+        self.heads = nn.Module()  # none
 
     def batches(self, start: int) -> Iterable[tuple[int, dict[str, Tensor]]]:
         for step in range(start, self.recipe.steps):
