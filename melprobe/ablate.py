@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from melprobe.analysis.damage import score_skip_study
-from melprobe.analysis.protocol import answer_limit, check_out, choose
-from melprobe.analysis.sweep import SkipStudy, run_skip_study
+from melprobe.analysis.protocol import answer_limit, choose
+from melprobe.analysis.sweep import SkipStudy, run_skip_study, swap_partners
 from melprobe.audio.load import SAMPLE_RATE, load_usable
 from melprobe.audio.patches import patch_rate
 from melprobe.corpus.manifest import Utterance, find_manifest, read_manifest
-from melprobe.errors import Parser, UsageError, run
+from melprobe.errors import Parser, UsageError, check_writable, run
 from melprobe.hooks.layers import format_layers, parse_layers
 from melprobe.hooks.positions import POSITIONS, Kind, check_positions
 from melprobe.listener import Listener, load
@@ -66,8 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     options = parser().parse_args(words)
     check_positions(options.positions)
-    check_out(options.out)
     checkpoint = find_checkpoint(options.checkpoint)
+    out = options.out or default_out(options, checkpoint)
+    check_writable(out, f"--out {out}")
     manifest = find_manifest(options.data)
     chosen = choose(read_manifest(manifest), options.limit, options.seed)
     usable, waves, left_out = load_usable(chosen, options.on_bad_audio)
@@ -76,11 +77,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     listener = load(checkpoint, device=options.device, dtype=DTYPES.get(options.dtype))
     if options.positions == "prompt" and not (listener.processor.before + listener.processor.after):
         raise UsageError("positions 'prompt': this checkpoint has no words around the audio")
-    out = options.out or default_out(options, checkpoint)
     study = SkipStudy(
-        run=out.name,
+        run=out.resolve().name,
         utterances=usable,
         waves=waves,
+        partners=swap_partners(usable),
         layer_sets=sets,
         positions=options.positions,
         max_new_tokens=answer_limit(listener, usable),
@@ -106,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = store.frame()
     results: dict[str, Any] = {
         "schema": 1,
-        "run": out.name,
+        "run": study.run,
         "question": {"positions": options.positions, "layers": options.skip_layers},
         "checkpoint": describe_checkpoint(checkpoint, listener),
         "data": describe_data(options.data, manifest, usable, waves, left_out),
@@ -213,4 +214,4 @@ def keep_examples(
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, resumable=True)

@@ -7,12 +7,20 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from melprobe.errors import UsageError
+
 
 def cache_dir(*parts: str) -> Path:
-    """A folder under the cache, made if it is missing."""
+    """A folder under the cache, made if it is missing. Raises UsageError where it can't be."""
     root = os.environ.get("MELPROBE_CACHE") or Path.home() / ".cache" / "melprobe"
     folder = Path(root).expanduser().joinpath(*parts)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{folder}: cannot be made ({error.strerror}); set MELPROBE_CACHE to a folder that can"
+            " be written"
+        ) from None
     return folder
 
 

@@ -7,6 +7,7 @@ choosing with the reference in hand).
 """
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,13 +21,13 @@ from rapidfuzz.process import extractOne
 from rich.console import Console
 from rich.progress import Progress
 
-from melprobe.analysis.protocol import answer_limit, check_out, choose
+from melprobe.analysis.protocol import answer_limit, choose
 from melprobe.analysis.statistics import Bootstrap
 from melprobe.analysis.sweep import swap_partners
 from melprobe.analysis.wer import WordErrors, corpus_wer, count_errors, normalise
 from melprobe.audio.load import SAMPLE_RATE, load_usable
 from melprobe.corpus.manifest import Utterance, find_manifest, read_manifest
-from melprobe.errors import Parser, UsageError, run
+from melprobe.errors import Parser, UsageError, check_writable, run
 from melprobe.listener import load, pick_device
 from melprobe.model.checkpoint import DEFAULT, find_checkpoint
 from melprobe.model.inference import batches_by_length
@@ -51,9 +52,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--on-bad-audio", choices=("error", "skip"), default="error")
     p.add_argument("--out", type=Path, help="folder for rows*.jsonl and summary.json")
     options = p.parse_args(argv)
-    check_out(options.out)
+    if not 0 < options.batch_seconds < math.inf:
+        raise UsageError(f"--batch-seconds {options.batch_seconds}: take a number above 0")
+    if options.out:
+        check_writable(options.out, f"--out {options.out}")
+        _refuse_other_results(options.out, options.manifest, options.checkpoint)
     chosen = choose(read_manifest(find_manifest(options.manifest)), options.limit, options.seed)
     usable, waves, left_out = load_usable(chosen, options.on_bad_audio)
+    if not any(normalise(u.text) for u in usable):
+        raise UsageError("the references hold no words, so there is no word error rate")
     transcriber = make_transcriber(options.checkpoint, options.device, usable)
     # Nobody doubts that the ceiling hears, and it is slow.
     partners = None if options.checkpoint == WHISPER else partners_or_none(usable)
@@ -80,6 +87,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.out:
         (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary, indent=2))
+
+
+def _refuse_other_results(out: Path, manifest: str, checkpoint: str) -> None:
+    """A folder belongs to one checkpoint and one manifest."""
+    path = out / "summary.json"
+    if not path.exists():
+        return
+    try:
+        old = json.loads(path.read_bytes())
+        there = (old["checkpoint"], old["manifest"])
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{path}: not a summary of evaluate's; take another --out") from None
+    if there != (checkpoint, manifest):
+        has = f"{there[0]} on {there[1]}"
+        raise UsageError(f"--out {out}: holds the results of {has}; take another --out")
 
 
 class Batched:
@@ -169,7 +191,7 @@ def score(rows: list[dict[str, Any]], speakers: list[str], seed: int) -> dict[st
     wer = bootstrap.rate([e.total for e in errors], [e.reference_words for e in errors])
     return {
         "wer": wer.value,
-        "wer_ci": [wer.low, wer.high],
+        "wer_ci": [wer.low, wer.high] if math.isfinite(wer.high) else None,
         "resampled": bootstrap.unit,
         "utterances": len(rows),
         "speakers": len(set(speakers) - {""}),

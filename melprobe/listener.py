@@ -37,6 +37,8 @@ class Listener:
 
     def transcribe(self, waves: Sequence[np.ndarray], max_new_tokens: int = 64) -> list[str]:
         """Greedy transcripts of waves (float32, mono, 16 kHz), as one batch."""
+        if not len(waves):
+            return []
         return transcribe(self.model, self.processor, waves, max_new_tokens)
 
     def score(self, waves: Sequence[np.ndarray], texts: Sequence[str]) -> AnswerScores:

@@ -85,14 +85,15 @@ SQL_TYPES = {
     float: "REAL NOT NULL",
     float | None: "REAL",
 }
+LONGEST_SHOWN = 40
 COLUMNS = tuple(field.name for field in fields(Row))
 
 
 class RowStore:
     """Rows of a run folder's `rows.sqlite`; use as a context manager.
 
-    With `settings`, a new store remembers them and an old one must have been made with the same:
-    `UsageError` names each that differs. Without, an existing store is opened as it is.
+    With `settings`, a store without rows remembers them and the rows of another must have been made
+    with the same: `UsageError` names each that differs. Without, a store is opened as it is.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, object] | None = None) -> None:
@@ -124,13 +125,14 @@ class RowStore:
 
     def _keep(self, settings: Mapping[str, object]) -> None:
         new = {key: json.dumps(value, sort_keys=True) for key, value in settings.items()}
-        old = dict(self._db.execute("SELECT key, value FROM settings"))
-        if not old:
+        if not self.done():  # no row was made with whatever settings are there
             with self._db:
+                self._db.execute("DELETE FROM settings")
                 self._db.executemany("INSERT INTO settings VALUES (?, ?)", new.items())
             return
+        old = dict(self._db.execute("SELECT key, value FROM settings"))
         differing = [
-            f"{key} = {old.get(key, 'nothing')} there, {new.get(key, 'nothing')} now"
+            _difference(key, old.get(key, "nothing"), new.get(key, "nothing"))
             for key in sorted(old.keys() | new.keys())
             if old.get(key) != new.get(key)
         ]
@@ -158,11 +160,14 @@ class RowStore:
         `sqlite3.IntegrityError`: SQLite would keep it as "unknown".
         """
         marks = ", ".join("?" * len(COLUMNS))
-        with self._db:
-            self._db.executemany(
-                f"INSERT OR REPLACE INTO rows ({', '.join(COLUMNS)}) VALUES ({marks})",
-                (astuple(row) for row in rows),
-            )
+        try:
+            with self._db:
+                self._db.executemany(
+                    f"INSERT OR REPLACE INTO rows ({', '.join(COLUMNS)}) VALUES ({marks})",
+                    (astuple(row) for row in rows),
+                )
+        except sqlite3.OperationalError as error:  # a full disk, say
+            raise UsageError(f"{self.path}: {error}") from None
 
     def done(self) -> set[Key]:
         """Keys of all rows that are there, to skip when a run goes on."""
@@ -180,6 +185,13 @@ class RowStore:
         partial = path.with_suffix(".partial")
         self.frame().to_parquet(partial, index=False)
         partial.replace(path)
+
+
+def _difference(key: str, old: str, new: str) -> str:
+    """Both values, unless they are lists or digests that nobody could compare by eye."""
+    if max(len(old), len(new)) > LONGEST_SHOWN:
+        return f"other {key}"
+    return f"{key} = {old} there, {new} now"
 
 
 def provenance(*, seed: int, command: Sequence[str]) -> dict[str, Any]:

@@ -89,4 +89,4 @@ def _task(recipe: Recipe):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, resumable=True)

@@ -23,16 +23,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = p.parse_args(argv)
     if options.max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens {options.max_new_tokens}: take 1 or more")
-    waves = {}
+    waves = []
     for path in options.files:
         try:
-            waves[path] = load_wave(path)
+            waves.append((path, load_wave(path)))
         except BadAudio as error:
             if options.on_bad_audio == "error":
                 raise
             print(f"melprobe: left out: {error}", file=sys.stderr)
+    if not waves:
+        raise BadAudio(f"all {len(options.files)} recordings are unusable")
     listener = load(options.checkpoint, device=options.device)
-    for path, wave in waves.items():
+    for path, wave in waves:
         start = time.perf_counter()
         (heard,) = listener.transcribe([wave], options.max_new_tokens)
         row = {

@@ -58,6 +58,7 @@ def _plant(folder: Path) -> dict[str, bytes | None]:
     flac = encoded("x.flac", good + np.random.default_rng(0).normal(0, 0.1, 16_000), "PCM_16")
     wav = encoded("x.wav", good, "PCM_16")
     mp3 = encoded("x.mp3", good, "MPEG_LAYER_III")
+    ogg = encoded("x.ogg", good, "VORBIS")
     return {
         "missing.wav": None,
         "empty.wav": b"",
@@ -66,6 +67,9 @@ def _plant(folder: Path) -> dict[str, bytes | None]:
         "short.flac": flac[: len(flac) // 2],
         "short.wav": wav[: len(wav) // 2],
         "short.mp3": mp3[: len(mp3) // 2],
+        "short.ogg": ogg[:-200],
+        "long.wav": encoded("u.wav", np.tile(good, 2), "PCM_16"),
+        "cancel.wav": encoded("t.wav", np.stack([good, -good], 1), "PCM_16"),
         "silent.wav": encoded("y.wav", 0 * good, "PCM_16"),
         "nan.wav": encoded("z.wav", half, "FLOAT"),
         "infinite.wav": encoded("w.wav", np.nan_to_num(half, nan=np.inf), "FLOAT"),
@@ -79,8 +83,11 @@ REASONS = {
     "header.wav": "cut short: 0.00 s of the 1.00 s that the manifest states",
     "page.wav": "not audio",
     "short.flac": "cut short",
-    "short.wav": "cut short: 0.50 s of the 1.00 s that the manifest states",
+    "short.wav": "cut short: 0.50 s of the 1.00 s that its header states",
     "short.mp3": "cut short",
+    "short.ogg": "cut short: it has no last page",
+    "long.wav": "too long: 2.00 s, but the manifest states 1.00 s",
+    "cancel.wav": "its channels cancel each other",
     "silent.wav": "silent",
     "nan.wav": "NaN",
     "infinite.wav": "infinite",
@@ -101,10 +108,28 @@ def test_a_bad_recording_names_its_line_its_file_and_the_reason(tmp_path, name):
     assert REASONS[name] in message
 
 
-def test_a_truncated_flac_is_bad_without_a_manifest_too(tmp_path):
-    (tmp_path / "short.flac").write_bytes(_plant(tmp_path)["short.flac"] or b"")
-    with pytest.raises(BadAudio, match=r"short\.flac: cut short"):
-        load_wave(tmp_path / "short.flac")
+@pytest.mark.parametrize("name", ["short.flac", "short.wav", "short.ogg", "short.mp3"])
+def test_a_truncated_file_is_bad_without_a_manifest_too(tmp_path, name):
+    (tmp_path / name).write_bytes(_plant(tmp_path)[name] or b"")
+    with pytest.raises(BadAudio, match=rf"{name}: cut short"):
+        load_wave(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("stated", [0x7FFFF000, 0xFFFFFFFF])
+def test_a_wav_written_to_a_pipe_states_no_length(tmp_path, stated):
+    soundfile.write(tmp_path / "a.wav", tone(16_000), 16_000, "PCM_16")
+    wav = (tmp_path / "a.wav").read_bytes()
+    at = wav.index(b"data") + 4
+    (tmp_path / "a.wav").write_bytes(wav[:at] + stated.to_bytes(4, "little") + wav[at + 4 :])
+    assert len(load_wave(tmp_path / "a.wav")) == 16_000
+
+
+def test_an_rf64_is_held_against_its_long_size(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(16_000), 16_000, "PCM_16", format="RF64")
+    assert len(load_wave(tmp_path / "a.wav")) == 16_000
+    (tmp_path / "a.wav").write_bytes((tmp_path / "a.wav").read_bytes()[:-16_000])
+    with pytest.raises(BadAudio, match="cut short"):
+        load_wave(tmp_path / "a.wav")
 
 
 def test_what_codecs_pad_and_trim_is_not_cut_short(tmp_path):

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -10,8 +13,9 @@ import torch
 from melprobe import ablate, bench
 from melprobe.analysis.sweep import swap_partners
 from melprobe.analysis.wer import count_errors
-from melprobe.corpus.manifest import Utterance
-from melprobe.errors import UsageError
+from melprobe.cache import cache_dir
+from melprobe.corpus.manifest import Utterance, read_manifest, write_manifest
+from melprobe.errors import UsageError, check_writable, run
 from melprobe.report.html import render
 from tests.tiny import N_CLIPS as N
 from tests.tiny import N_LAYERS, tiny_checkpoint, tiny_listener, waves
@@ -203,8 +207,68 @@ def test_swapped_clips_say_something_else_and_are_of_like_length(folder):
         for i, (text, d) in enumerate([("one", 1.0), ("One!", 1.01), ("two", 1.2), ("three", 9.0)])
     ]
     assert swap_partners(utterances) == [2, 2, 1, 2]
-    with pytest.raises(UsageError, match="every clip says the same"):
+    with pytest.raises(UsageError, match="needs two clips with different words"):
         swap_partners(utterances[:2])
+
+
+@pytest.mark.parametrize("texts", [["one"], ["one", "One!"]])
+def test_a_refused_study_leaves_no_folder(folder, tmp_path, texts):
+    clips = read_manifest(folder / "data.jsonl")
+    said = [replace(u, text=text) for u, text in zip(clips, texts, strict=False)]
+    write_manifest(tmp_path / "data.jsonl", said)
+    command = ["--skip-layers", "--checkpoint", str(folder / "model"), "--device", "cpu"]
+    command += ["--data", str(tmp_path / "data.jsonl"), "--out", str(tmp_path / "a" / "run")]
+    with pytest.raises(UsageError, match="needs two clips with different words"):
+        ablate.main(command)
+    assert not (tmp_path / "a").exists()
+
+
+def complaint(capsys, error, **options):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as left:
+        run(main, **options)
+    return left.value.code, capsys.readouterr().err
+
+
+def test_what_a_user_can_mend_is_one_line(capsys, tmp_path):
+    worker = "Caught in worker 0\nTraceback\nmelprobe.audio.load.BadAudio: a.wav: silent\n"
+    assert complaint(capsys, UsageError(worker)) == (2, "melprobe: a.wav: silent\n")
+    assert complaint(capsys, PermissionError(13, "Permission denied", "/x")) == (
+        2,
+        "melprobe: /x: Permission denied\n",
+    )
+    assert complaint(capsys, OSError(28, "No space left on device"))[0] == 2
+    assert complaint(capsys, KeyboardInterrupt()) == (130, "melprobe: interrupted\n")
+    assert "goes on from here" in complaint(capsys, KeyboardInterrupt(), resumable=True)[1]
+
+
+def test_a_reader_that_has_enough_ends_a_command_quietly():
+    code = "from melprobe.errors import run; run(lambda: print('x' * 100_000))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 1
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_any_work(tmp_path):
+    check_writable(tmp_path / "a" / "b", "--out b")
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="--out x: this is a file"):
+        check_writable(tmp_path / "file", "--out x")
+    with pytest.raises(UsageError, match=r"--out x: no files can be written there \(Not a dir"):
+        check_writable(tmp_path / "file" / "run", "--out x")
+
+
+def test_a_cache_that_is_a_file_is_named(tmp_path, monkeypatch):
+    (tmp_path / "cache").touch()
+    monkeypatch.setenv("MELPROBE_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(UsageError, match="set MELPROBE_CACHE to a folder"):
+        cache_dir("corpora")
 
 
 def test_the_mel_bench_prints_what_it_promises(capsys):

@@ -28,6 +28,9 @@ def test_positions_are_named_after_the_token_that_stands_there():
         ("", "'' is not a number"),
         ("2-1", "runs backwards"),
         ("a", "'a' is not a number"),
+        ("3-", "'3-' is not a number"),
+        ("\N{ARABIC-INDIC DIGIT THREE}", "is not a number"),
+        ("0-99999999999", "layers 99999999999: this model has blocks 0 to 3"),
     ],
 )
 def test_bad_layers_say_what_there_is(text, message):
@@ -52,3 +55,6 @@ def test_unknown_positions_and_layers_are_refused():
         pass
     with pytest.raises(UsageError, match="blocks 0 to 3"), lm.skip({4}):
         pass
+    for layers in (3, "3,5", [0.5]):
+        with pytest.raises(UsageError, match=r"a set of layers such as \{3, 5\}"), lm.skip(layers):
+            pass

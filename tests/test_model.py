@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from transformers import Gemma3TextConfig, MistralConfig, Phi3Config, Qwen3Config
@@ -157,6 +158,15 @@ def test_any_causal_lm_will_do(text_config):
         assert not torch.equal(other.score(clips, TEXTS).nll, scores.nll)
         cached = other.model.generate(**inputs, **options)
         assert torch.equal(cached, other.model.generate(**inputs, **options, use_cache=False))
+
+
+def test_what_is_no_mono_wave_is_named_and_no_waves_are_no_transcripts():
+    lm, (clip,) = tiny_listener(), waves(0.8)
+    assert lm.transcribe([]) == []
+    with pytest.raises(ValueError, match=r"a wave of shape \(12800, 2\): give one channel"):
+        lm.transcribe([np.stack([clip, clip], 1)])
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        lm.transcribe([np.where(clip > 0, np.nan, clip)])
 
 
 def test_a_single_wave_is_a_batch_of_one():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from melprobe.errors import UsageError
-from melprobe.report import examples, reading
+from melprobe.report import examples, reading, schema
 from melprobe.report.__main__ import main
 from melprobe.report.html import render
 from tests.synthetic_run import sweep_damages, synthetic_layer, synthetic_results, write_run
@@ -167,6 +167,34 @@ def test_a_failed_gate_shows_no_outcomes(tmp_path):
     text = render(write_run(tmp_path, results)).read_text()
     assert "no claim about layers is made" in text
     assert 'class="map"' not in text and ">outcome<" not in text
+    assert text.count('aria-label="zero by construction"') == 1
+    assert "Zero by construction (the open circle): what the last block writes" in text
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("passed", [True, False])
+def test_where_no_limits_are_known_there_is_a_dash_and_no_bar(passed, tmp_path):
+    results = synthetic_results(sweep_damages(), passed=passed)
+    unknown = {"damage_ci": None, "delta_nll_ci": None, "delta_wer_ci": None}
+    results["layers"] = [layer | unknown for layer in results["layers"]]
+    results["baseline"]["wer_ci"] = None
+    if not passed:
+        results["gate"]["nll_gap_ci"] = None
+    text = render(write_run(tmp_path, results)).read_text()
+    row = text[text.index('id="block-0"') :].partition("</tr>")[0]
+    assert '<td data-value="">–</td>' in row and row.count('<span class="ci">[–]</span>') == 2
+    assert "inf" not in reading.headline(results) and "None" not in text
+
+
+def test_where_no_clip_changed_the_table_says_so(sweep):
+    row = sweep[1].partition('id="block-29"')[2].partition("</tr>")[0]
+    assert '0.0 <span class="ci">no clip changed</span>' in row
+
+
+def test_a_failed_gate_speaks_of_an_error_rate_not_of_wrong_words():
+    results = synthetic_results(sweep_damages(), passed=False)
+    results["gate"]["wer_swapped"] = 1.5
+    assert "the word error rate on swapped audio is 150.0 %" in plain(reading.headline(results))
 
 
 def test_markup_in_data_is_shown_as_text(tmp_path):
@@ -194,6 +222,22 @@ def test_word_differences():
     assert examples.difference("", "") == []
 
 
+def test_words_heard_where_none_were_said_are_added(tmp_path):
+    results = as_set(0.31)
+    run = write_run(tmp_path, results)
+    _, rows = schema.load(run)
+    first = rows.utterance == rows.utterance.min()
+    rows.loc[first, ["reference", "reference_words"]] = ["[cough]", 0]
+    kinds = {
+        part.kind
+        for example in examples.examples(run, results, rows)
+        if example.reference == "[cough]"
+        for transcript in example.transcripts
+        for part in transcript.runs
+    }
+    assert kinds == {"added"}
+
+
 def test_a_clip_stays_inside_the_run_folder(tmp_path):
     assert examples.clip_path(tmp_path, "../a/b.wav") == tmp_path / "audio" / "..__a__b.flac"
 
@@ -212,3 +256,15 @@ def test_missing_or_odd_runs_are_usage_errors(sweep, tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(good | {"schema": 2}))
     with pytest.raises(UsageError, match="schema 2, but this melprobe reads 1"):
         render(tmp_path)
+    infinite = copy.deepcopy(good)
+    infinite["baseline"]["wer_ci"] = [0, float("inf")]
+    (tmp_path / "results.json").write_text(json.dumps(infinite))
+    with pytest.raises(UsageError, match=r"baseline\.wer_ci.*finite"):
+        render(tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps(good))
+    for content in (b"", (run / "rows.parquet").read_bytes()[:500]):
+        (tmp_path / "rows.parquet").write_bytes(content)
+        with pytest.raises(UsageError, match=r"rows\.parquet: damaged"):
+            render(tmp_path)
+    with pytest.raises(UsageError, match="the following arguments are required: RUN"):
+        main([])

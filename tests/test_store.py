@@ -104,9 +104,12 @@ def test_kill_9_while_writing_loses_nothing_committed(tmp_path):
 
 def test_other_settings_are_refused_by_name(tmp_path):
     path = tmp_path / "run" / "rows.sqlite"
-    with RowStore(path, {"seed": 0, "positions": "speech", "limit": None}):
-        pass
-    with RowStore(path, {"limit": None, "positions": "speech", "seed": 0}):
+    with RowStore(path, {"seed": 3, "positions": "text"}):
+        pass  # and no rows: nothing was made with them
+    long = ["clip"] * 99
+    with RowStore(path, {"seed": 0, "positions": "speech", "limit": None, "clips": long}) as store:
+        store.add([row()])
+    with RowStore(path, {"clips": long, "limit": None, "positions": "speech", "seed": 0}):
         pass  # the same, in another order
     with pytest.raises(UsageError) as error:
         RowStore(path, {"seed": 1, "positions": "speech", "device": "cpu"})
@@ -114,6 +117,7 @@ def test_other_settings_are_refused_by_name(tmp_path):
     assert 'device = nothing there, "cpu" now' in message
     assert "seed = 0 there, 1 now" in message
     assert "limit = null there, nothing now" in message
+    assert "other clips" in message and len(message) < 300
     assert "positions" not in message and "--out" in message and "\n" not in message
 
 

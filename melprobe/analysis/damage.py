@@ -53,7 +53,7 @@ def score_skip_study(
             "delta_nll": nll[i].value,
             "delta_nll_ci": _limits(nll[i]),
             "damage": damage[i].value if gap.sum() > 0 else None,
-            "damage_ci": _limits(damage[i]) if np.isfinite(damage[i].high) else None,
+            "damage_ci": _limits(damage[i]),
             "kl": _ratio(cut.kl, cut.answer_tokens),
             "block_influence": _mean(cut.block_influence),
             "angular_distance": _mean(cut.angular_distance),
@@ -133,8 +133,9 @@ def _mean(values: pd.Series) -> float | None:
     return None if values.isna().all() else float(values.mean())
 
 
-def _limits(interval: Interval) -> tuple[float, float]:
-    return interval.low, interval.high
+def _limits(interval: Interval) -> tuple[float, float] | None:
+    """None where the data set no limits: JSON has no infinity."""
+    return (interval.low, interval.high) if np.isfinite(interval.high) else None
 
 
 def _error_kinds(rows: pd.DataFrame) -> dict[str, int]:

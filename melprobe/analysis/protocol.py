@@ -1,6 +1,4 @@
-"""What every measurement of a model has in common: which clips, answers how long, where to."""
-
-from pathlib import Path
+"""What every measurement of a model has in common: which clips, answers how long."""
 
 import numpy as np
 
@@ -26,9 +24,3 @@ def answer_limit(listener: Listener, utterances: list[Utterance]) -> int:
     """Tokens after which every transcript is cut, under all conditions: half again the longest."""
     lengths = [len(listener.processor.answer_ids(plain_text(u.text))) for u in utterances]
     return max(lengths) * 3 // 2
-
-
-def check_out(out: Path | None) -> None:
-    """UsageError when the folder for results is a file; asked before any work is done."""
-    if out and out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out}: this is a file; name a folder")

@@ -34,6 +34,8 @@ class SkipStudy:
     run: str
     utterances: Sequence[Utterance]
     waves: Sequence[np.ndarray]
+    partners: Sequence[int]
+    """for each clip, the one whose audio it hears when swapped"""
     layer_sets: Sequence[Sequence[int]]
     positions: str
     max_new_tokens: int
@@ -51,7 +53,7 @@ class SkipStudy:
 def swap_partners(utterances: Sequence[Utterance]) -> list[int]:
     """For each clip, another one of the most similar length that says something else.
 
-    Raises UsageError when every clip says the same.
+    Raises UsageError when there is none.
     """
     durations = np.array([u.duration for u in utterances])
     said = [normalise(u.text) for u in utterances]
@@ -60,7 +62,7 @@ def swap_partners(utterances: Sequence[Utterance]) -> list[int]:
         nearest = np.argsort(np.abs(durations - durations[i]), kind="stable")
         other = next((int(j) for j in nearest if said[j] != text), None)
         if other is None:
-            raise UsageError("every clip says the same: no audio can be swapped for the gate")
+            raise UsageError("swapping the audio needs two clips with different words")
         partners.append(other)
     return partners
 
@@ -70,20 +72,19 @@ def run_skip_study(
 ) -> None:
     """Fill `store` with the rows that are missing; `advance(n)` hears of each n rows done."""
     done = store.done()
-    partners = swap_partners(study.utterances)
     for batch in study.batches(listener.model.config.frames_per_patch):
-        _Batch(listener, study, batch, partners).fill(store, done, advance)
+        _Batch(listener, study, batch).fill(store, done, advance)
 
 
 class _Batch:
     """One batch of clips under every condition."""
 
-    def __init__(self, listener: Listener, study: SkipStudy, batch: list[int], partners: list[int]):
+    def __init__(self, listener: Listener, study: SkipStudy, batch: list[int]):
         self.listener = listener
         self.study = study
         self.utterances = [study.utterances[i] for i in batch]
         self.waves = [study.waves[i] for i in batch]
-        self.swapped_waves = [study.waves[partners[i]] for i in batch]
+        self.swapped_waves = [study.waves[study.partners[i]] for i in batch]
         self.texts = [u.text for u in self.utterances]
 
     def fill(self, store: RowStore, done: set[Key], advance: Callable[[int], None]) -> None:

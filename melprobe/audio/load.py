@@ -1,7 +1,8 @@
 """Recordings to waves: whatever libsndfile reads becomes mono float32 at 16 kHz, or a clear error.
 
 libsndfile shortens a truncated file without a word, so lengths are held against the file's own
-header and against the manifest. What it cannot know: whether the words match the text.
+header (WAV, FLAC, MP3) or end mark (Ogg) and against the manifest. What it cannot know: whether the
+words match the text.
 """
 
 import io
@@ -17,30 +18,36 @@ from melprobe.corpus.manifest import Utterance
 from melprobe.errors import UsageError
 
 SAMPLE_RATE = 16_000
-SHORT_BY_SECONDS = 0.05
-"""What may be missing at the end before a file counts as cut short; codecs pad by less."""
+OFF_BY_SECONDS = 0.05
+"""What may be missing before a file counts as cut short, or be too much; codecs pad by less."""
 SHORTEST_SECONDS = 0.05
 """No word is shorter, and one mel window (25 ms) fits even at a faster playing speed."""
 SILENT_RMS = 1e-4
 """-80 dB of full scale: three steps of a 16-bit recording."""
+STREAM_BYTES = 0x7FFFF000
+"""Programs that write to a pipe, such as sox and espeak-ng, state this many bytes or more, or 0."""
 
 
 class BadAudio(UsageError):
     """A recording that cannot be used; the message names manifest line, file and reason."""
 
 
-def load_wave(path: Path, *, expected_seconds: float | None = None, where: str = "") -> np.ndarray:
+def load_wave(
+    path: str | Path, *, expected_seconds: float | None = None, where: str = ""
+) -> np.ndarray:
     """Read a recording: float32 [N], mono (channels averaged), 16 kHz.
 
     Raises BadAudio when the file is missing, empty, not audio, cut short (against its header or
-    against `expected_seconds`), too short, silent, or holds NaN or infinity. `where`
-    (`manifest.jsonl:12`) goes in front of the message.
+    against `expected_seconds`), longer than `expected_seconds`, too short, silent, or holds NaN or
+    infinity. `where` (`manifest.jsonl:12`) goes in front of the message.
     """
     name = f"{where}: {path}" if where else str(path)
     try:
-        data = path.read_bytes()
+        data = Path(path).read_bytes()
     except FileNotFoundError:
         raise BadAudio(f"{name}: the file is missing") from None
+    except ValueError:  # a NUL, or half a character
+        raise BadAudio(f"{name!r}: no file can have this name") from None
     except OSError as error:
         raise BadAudio(f"{name}: cannot be read ({error.strerror})") from None
     return decode_wave(data, name, expected_seconds=expected_seconds)
@@ -61,11 +68,17 @@ def decode_wave(data: bytes, name: str, *, expected_seconds: float | None = None
             samples = file.read(dtype="float32", always_2d=True)
         except soundfile.LibsndfileError as error:
             raise BadAudio(f"{name}: cut short or damaged ({error.error_string})") from None
+    if data.startswith(b"OggS") and not _ogg_ends(data):
+        raise BadAudio(f"{name}: cut short: it has no last page")
     seconds = len(samples) / rate
-    for source, expected in (("its header", promised / rate), ("the manifest", expected_seconds)):
-        if expected is not None and seconds < expected - SHORT_BY_SECONDS:
+    promised_seconds = max(promised / rate, seconds * _stated_share(data))
+    for source, expected in (("its header", promised_seconds), ("the manifest", expected_seconds)):
+        if expected is not None and seconds < expected - OFF_BY_SECONDS:
             has = f"{seconds:.2f} s of the {expected:.2f} s that {source} states"
             raise BadAudio(f"{name}: cut short: {has}")
+    if expected_seconds is not None and seconds > expected_seconds + OFF_BY_SECONDS:
+        has = f"{seconds:.2f} s, but the manifest states {expected_seconds:.2f} s"
+        raise BadAudio(f"{name}: too long: {has}")
     wave = soxr.resample(samples.mean(axis=1), rate, SAMPLE_RATE) if len(samples) else samples
     if not len(wave):
         raise BadAudio(f"{name}: the file holds no samples")
@@ -77,8 +90,40 @@ def decode_wave(data: bytes, name: str, *, expected_seconds: float | None = None
         raise BadAudio(f"{name}: holds NaN or infinite samples")
     level = float(np.sqrt(np.mean(wave.astype(np.float64) ** 2)))
     if level < SILENT_RMS:
+        loudest = np.sqrt(np.mean(samples**2, axis=0)).max()
+        if loudest > SILENT_RMS * samples.shape[1]:
+            raise BadAudio(f"{name}: its channels cancel each other; save one of them alone")
         raise BadAudio(f"{name}: silent (RMS {level:.1e} of full scale)")
     return wave
+
+
+def _stated_share(data: bytes) -> float:
+    """The audio bytes that a WAV file's header states over those that are there; 1 where unknown.
+
+    libsndfile corrects what the header states by what there is.
+    """
+    if data[:4] not in (b"RIFF", b"RF64"):
+        return 1.0
+    at, long_size = 12, 0
+    while at + 8 <= len(data):
+        kind, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+        at += 8
+        if kind == b"ds64":  # RF64 keeps sizes beyond 32 bits here
+            long_size = int.from_bytes(data[at + 8 : at + 16], "little")
+        if kind == b"data":
+            stated = long_size or (size if size < STREAM_BYTES else 0)
+            return stated / max(1, len(data) - at)
+        at += size + size % 2
+    return 1.0
+
+
+def _ogg_ends(data: bytes) -> bool:
+    """Whether the last page is there whole and marked as the last."""
+    at = data.rfind(b"OggS")
+    segments = data[at + 27 : at + 27 + data[at + 26]] if at + 26 < len(data) else b""
+    return bool(
+        segments and data[at + 5] & 4 and at + 27 + len(segments) + sum(segments) <= len(data)
+    )
 
 
 def load_utterance(u: Utterance) -> np.ndarray:

@@ -11,11 +11,13 @@ A corpus is then named as NAME/SPLIT wherever a manifest is wanted: `queen/test`
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from melprobe.cache import cache_dir
 from melprobe.corpus import align
+from melprobe.corpus.manifest import BUILDABLE, check_name
 from melprobe.errors import Parser, run
 
 CORPORA = {name: f"melprobe.corpus.{name}" for name in ("asterisk", "queen", "synth", "hub")}
@@ -52,9 +54,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     module.add_arguments(own)
     options = own.parse_args(args.options)
-    name = getattr(options, "name", None) or args.corpus
-    module.build(options, cache_dir("corpora", name).absolute())
+    name = getattr(options, "name", None)
+    if name is not None:
+        check_name("--name", name, {"builtin", *BUILDABLE} - {args.corpus})
+    module.build(options, cache_dir("corpora").absolute() / (name or args.corpus))
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, resumable=sys.argv[1:3] == ["build", "synth"])

@@ -33,7 +33,7 @@ from melprobe.corpus.manifest import (
 )
 from melprobe.corpus.phones import fold
 from melprobe.corpus.text import plain_text
-from melprobe.errors import UsageError
+from melprobe.errors import UsageError, check_writable
 
 NO_PATH, UNKNOWN = "not alignable", "with words not in the dictionary"
 FRAME_SECONDS = 0.01
@@ -60,12 +60,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Align manifests in place, one after the other, and print a line about each.
 
-    Raises UsageError, before any work, if pocketsphinx or a manifest is missing.
+    Raises UsageError, before any work, if pocketsphinx or a manifest is missing, or a manifest
+    can't be written.
     """
     if args.jobs < 1:
         raise UsageError(f"--jobs {args.jobs}: take at least 1")
     known = load_decoder().lookup_word
     manifests = {name: read_manifest(find_manifest(name)) for name in args.manifests}
+    for name in manifests:
+        check_writable(find_manifest(name).absolute().parent, name)
     for name, utterances in manifests.items():
         path = find_manifest(name)
         rows = [record for _, record in read_records(path)]

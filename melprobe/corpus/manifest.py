@@ -9,8 +9,10 @@ left unread. A corpus is a folder with one manifest per split: `train.jsonl`, `d
 import json
 import math
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -89,25 +91,37 @@ def find_manifest(name: str) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
-    corpora = cache_dir("corpora")
     corpus, _, split = name.partition("/")
-    if corpus and split and "/" not in split:
-        folder = BUILTIN if corpus == "builtin" else corpora / corpus
-        if (folder / f"{split}.jsonl").is_file():
-            return folder / f"{split}.jsonl"
+    if corpus == "builtin" and split and (BUILTIN / f"{split}.jsonl").is_file():
+        return BUILTIN / f"{split}.jsonl"
+    corpora = cache_dir("corpora")
+    path = corpora / corpus / f"{split}.jsonl"
+    if corpus and split and "/" not in split and path.is_file():
+        return path
     there = [f"builtin/{path.stem}" for path in sorted(BUILTIN.glob("*.jsonl"))]
     there += [f"{path.parent.name}/{path.stem}" for path in sorted(corpora.glob("*/*.jsonl"))]
     command = f"python -m melprobe.corpus build {corpus if corpus in BUILDABLE else 'NAME'}"
+    nearest = ", ".join(get_close_matches(name, there, cutoff=0))
     raise UsageError(
-        f"{name}: neither a manifest file nor a corpus; there are {', '.join(there) or 'none'};"
+        f"{name}: neither a manifest file nor a corpus; the nearest are {nearest};"
         f" `{command}` builds more"
     )
+
+
+def check_name(option: str, name: str, taken: Iterable[str] = ()) -> str:
+    """A corpus or split name that can be a file's, or UsageError."""
+    if not re.fullmatch(r"(?!\.)[\w.-]+", name):
+        raise UsageError(f"{option} {name!r}: take letters, digits, and . - _ after the first")
+    if name in taken:
+        raise UsageError(f"{option} {name}: this is a corpus of melprobe's own; take another name")
+    return name
 
 
 def read_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """(`file:line`, JSON object) of each line. Raises UsageError as `read_manifest` does."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): JSON strings may hold U+2028 and other separators.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise UsageError(f"{path}: no such manifest") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -148,9 +162,9 @@ def parse_record(record: dict[str, Any], folder: Path, where: str) -> Utterance:
 
 
 def _string(record: dict[str, Any], field: str, where: str, default: str | None = None) -> str:
-    if field not in record and default is not None:
-        return default
     value = record.get(field)
+    if value is None and default is not None:
+        return default
     if not isinstance(value, str) or not (value.strip() or default is not None):
         problem = f"must be a non-empty string, not {value!r}" if field in record else "is missing"
         raise UsageError(f"{where}: {field}: {problem}")
@@ -158,7 +172,7 @@ def _string(record: dict[str, Any], field: str, where: str, default: str | None 
 
 
 def _spans(record: dict[str, Any], field: str, where: str) -> tuple[Span, ...]:
-    rows = record.get(field, [])
+    rows = [] if record.get(field) is None else record[field]
     for row in rows if isinstance(rows, list) else [rows]:
         match row:
             case [str(), start, end] if _is_seconds(start) and _is_seconds(end) and start <= end:

@@ -8,13 +8,14 @@ and format that libsndfile reads.
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich.console import Console
 from rich.progress import track
 
 from melprobe.audio.load import SAMPLE_RATE, BadAudio, load_utterance, load_wave
 from melprobe.corpus.clips import finish, write_clip
-from melprobe.corpus.manifest import Utterance, parse_record, read_records
+from melprobe.corpus.manifest import Utterance, check_name, parse_record, read_records
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,30 +32,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def build(args: argparse.Namespace, out: Path) -> None:
-    """Write 16 kHz FLAC and a manifest. Raises UsageError with the line, the file, the reason."""
+    """Write 16 kHz FLAC and a manifest. Raises UsageError with the line, the file, the reason.
+
+    A split that is there already is replaced at the end, or, if the build fails, left as it was.
+    """
+    check_name("--split", args.split)
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as draft:
+        _build(args, out, Path(draft))
+
+
+def _build(args: argparse.Namespace, out: Path, draft: Path) -> None:
+    audio = out / "audio" / args.split
     utterances: list[Utterance] = []
     left_out: list[str] = []
     folder = args.manifest.absolute().parent
     for number, (where, record) in enumerate(track(read_records(args.manifest), "checking audio")):
-        record = {"audio": record.get("audio_filepath"), **record}
+        record["audio"] = record.get("audio") or record.get("audio_filepath")
         try:
-            if "duration" not in record and record["audio"]:
+            if record.get("duration") is None and record["audio"]:
                 wave = load_wave(folder / str(record["audio"]), where=where)
                 record["duration"] = len(wave) / SAMPLE_RATE
             given = parse_record(record, folder, where)
-            path = out / "audio" / args.split / f"{number:06d}.flac"
             wave = load_utterance(given)
         except BadAudio as error:
             if args.on_bad_audio == "error":
                 raise
             left_out.append(str(error))
             continue
-        write_clip(path, wave)
+        name = f"{number:06d}.flac"
+        write_clip(draft / "new" / name, wave)
         seconds = len(wave) / SAMPLE_RATE
-        utterances.append(replace(given, audio=path, duration=seconds, source=args.name))
+        utterances.append(replace(given, audio=audio / name, duration=seconds, source=args.name))
     console = Console(stderr=True)
     for reason in left_out:
         console.print(reason, highlight=False, markup=False, soft_wrap=True)
     if left_out and not utterances:
         raise BadAudio(f"{args.manifest}: none of its {len(left_out)} recordings is usable")
+    audio.parent.mkdir(parents=True, exist_ok=True)
+    if audio.exists():
+        audio.rename(draft / "old")
+    (draft / "new").rename(audio)
     finish(out, {args.split: utterances}, ["bad audio"] * len(left_out))

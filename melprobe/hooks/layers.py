@@ -1,6 +1,7 @@
 """Sets of decoder blocks, counted from 0: the one place where they are parsed and written."""
 
 from collections.abc import Iterable
+from operator import index
 
 from torch import nn
 
@@ -27,20 +28,26 @@ def parse_layers(text: str, n_layers: int) -> list[int]:
     chosen: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        numbers = (first, last) if dash else (first,)
+        if not all(number.isascii() and number.isdecimal() for number in numbers):
             raise UsageError(
                 f"layers {text!r}: {part.strip()!r} is not a number or a range like 5-8"
             )
-        span = range(int(first), int(last or first) + 1)
-        if not span:
+        # Before the range is filled: 0-99999999999 would not fit into memory.
+        ends = [int(number) for number in numbers]
+        if ends != sorted(ends):
             raise UsageError(f"layers {text!r}: the range {part.strip()!r} runs backwards")
-        chosen.update(span)
+        check_layers(ends, n_layers)
+        chosen.update(range(ends[0], ends[-1] + 1))
     return check_layers(chosen, n_layers)
 
 
 def check_layers(layers: Iterable[int], n_layers: int) -> list[int]:
     """Sorted distinct layers, all of them inside the model, or UsageError with what there is."""
-    chosen = sorted(set(layers))
+    try:
+        chosen = sorted({index(layer) for layer in layers})
+    except TypeError:
+        raise UsageError(f"layers {layers!r}: give a set of layers such as {{3, 5}}") from None
     if wrong := [layer for layer in chosen if not 0 <= layer < n_layers]:
         raise UsageError(
             f"layers {', '.join(map(str, wrong))}: this model has blocks 0 to {n_layers - 1}"

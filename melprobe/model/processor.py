@@ -63,7 +63,8 @@ class MelLLMFeatureExtractor(SequenceFeatureExtractor):
         """Mono waves in [-1, 1] to `input_features` (B, T, M) and `feature_attention_mask` (B, T).
 
         audio: waves (N,), or a single one for a batch of one. Raises ValueError for another
-        sampling rate or a clip shorter than one window (25 ms).
+        sampling rate, more than one channel, NaN or infinity, or a clip shorter than one window
+        (25 ms).
         """
         if sampling_rate != self.sampling_rate:
             raise ValueError(
@@ -72,6 +73,13 @@ class MelLLMFeatureExtractor(SequenceFeatureExtractor):
         if isinstance(audio, Wave) and audio.ndim == 1:
             audio = [audio]
         waves = [torch.as_tensor(wave, dtype=torch.float32) for wave in audio]
+        for wave in waves:
+            if wave.ndim != 1:
+                raise ValueError(
+                    f"a wave of shape {tuple(wave.shape)}: give one channel, (samples,)"
+                )
+            if not wave.isfinite().all():
+                raise ValueError("a wave holds NaN or infinite samples")
         shortest = min(len(wave) for wave in waves)
         if shortest < WINDOW:
             raise ValueError(f"a clip of {shortest} samples is shorter than one window, {WINDOW}")

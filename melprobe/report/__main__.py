@@ -1,15 +1,14 @@
 """`python -m melprobe.report RUN`: build a run's report again from its rows, without torch."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from melprobe.errors import run
+from melprobe.errors import Parser, run
 from melprobe.report.html import render
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m melprobe.report",
         description="Build report.html again from a run's results.json, rows.parquet and audio.",
     )

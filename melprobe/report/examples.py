@@ -97,7 +97,9 @@ def examples(run_dir: Path, results: Results, rows: pd.DataFrame) -> list[Exampl
 
 def _transcript(row: pd.Series, condition: str, layer: str) -> Transcript:
     shown, room = [], MOST_WORDS
-    for run in difference(row.reference, row.hypothesis):
+    # Of "..." or "[cough]" the scoring leaves no words: all that was heard counts as added.
+    reference = row.reference if row.reference_words else ""
+    for run in difference(reference, row.hypothesis):
         words = run.text.split()
         if room > 0:
             shown.append(run._replace(text=" ".join(words[:room])))

@@ -84,10 +84,12 @@ def errors(results: Results, figure: Figure, narrow: bool) -> None:
     xs = _block_axis(top, layers, narrow)
     top.set_xlabel("")
     bands = [_times(100, x["delta_wer_ci"]) for x in layers]
-    ends = (min(low for low, _ in bands), max(high for _, high in bands))
+    changes = [100 * x["delta_wer"] for x in layers]
+    limits = [*changes, *(limit for band in bands if band for limit in band)]
+    ends = (min(limits), max(limits))
     _log_beyond(top, 10, (min(1.2 * ends[0], -3), max(1.2 * ends[1], 12)), POINT_TICKS, "+g")
     top.axhline(0, color=COLOURS["muted"], linewidth=0.8, zorder=1)
-    _marks(top, xs, [100 * x["delta_wer"] for x in layers], bands, results)
+    _marks(top, xs, changes, bands, results)
     bottom.set_title("errors per 100 reference words")
     bottom.grid(axis="y")
     _block_axis(bottom, layers, narrow)
@@ -254,5 +256,5 @@ def _legend(figure: Figure, ax: Axes, narrow: bool) -> None:
     )
 
 
-def _times(factor: float, ends: Interval) -> Interval:
-    return factor * ends[0], factor * ends[1]
+def _times(factor: float, ends: Interval | None) -> Interval | None:
+    return ends and (factor * ends[0], factor * ends[1])

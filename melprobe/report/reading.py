@@ -46,11 +46,12 @@ def headline(results: Results) -> str:
     where, margin = place(results), results["margin"]["damage"]
     gate = results["gate"]
     if not gate["passed"]:
+        gap = gate["nll_gap_ci"]
+        worth = f"at least {number(gap[0])}" if gap else "an unknown number of"
         return (
             f"No claim about layers is made: {results['checkpoint']['name']} did not pass the "
-            f"listening gate (hearing the right clip is worth at least "
-            f"{number(gate['nll_gap_ci'][0])} nat per token, and it gets "
-            f"{percent(gate['wer_swapped'])} of the words wrong on swapped audio)."
+            f"listening gate (hearing the right clip is worth {worth} nat per token, and the word "
+            f"error rate on swapped audio is {percent(gate['wer_swapped'])})."
         )
     if not results["layers"]:
         return "No block was skipped, so there is nothing to say of layers yet."
@@ -81,7 +82,7 @@ def _set_headline(layer: Layer, where: str, margin: float) -> str:
     skipped = f"Skipping {names([layer])} {where}"
     if layer["zero_by_construction"]:
         return f"{skipped} costs nothing by construction, which is no finding."
-    if layer["damage"] is None:
+    if layer["damage_ci"] is None:
         return f"{skipped} costs {number(layer['delta_nll'])} nat per token."
     says = {
         "costly": f"more than the margin of {number(margin)}, whole interval included",
@@ -194,5 +195,5 @@ def equals(value: float | str) -> str:
 
 
 def interval(ci: Interval | None, digits: int = 2, scale: float = 1.0) -> str:
-    """ "[0.12, 0.34]" """
-    return "" if ci is None else f"[{', '.join(number(scale * end, digits) for end in ci)}]"
+    """ "[0.12, 0.34]", and "[–]" for None"""
+    return "[–]" if ci is None else f"[{', '.join(number(scale * end, digits) for end in ci)}]"

@@ -1,19 +1,20 @@
 """The shape of `results.json`, version 1, and its loader.
 
 Rates (WER) are fractions, not percent; nll, gaps and kl are nat per answer token; `*_ci` and
-`*_gap_ci` are [low, high]. `None` stands where a score has no meaning for that row.
+`*_gap_ci` are [low, high]. `None` stands where a score has no meaning for that row, or where so few
+clips set an interval no limits.
 """
 
 from pathlib import Path
 
 import pandas as pd
-from pydantic import TypeAdapter, ValidationError
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from melprobe.errors import UsageError
 
 SCHEMA = 1
-Interval = tuple[float, float]
+Interval = tuple[FiniteFloat, FiniteFloat]
 
 
 class Question(TypedDict):
@@ -48,7 +49,7 @@ class Data(TypedDict):
 
 class Baseline(TypedDict):
     wer: float
-    wer_ci: Interval
+    wer_ci: Interval | None
     nll: float
     substitutions: int
     deletions: int
@@ -61,7 +62,7 @@ class Baseline(TypedDict):
 class Gate(TypedDict):
     nll_intact: float
     nll_swapped: float
-    nll_gap_ci: Interval
+    nll_gap_ci: Interval | None
     wer_swapped: float
     passed: bool
     reason: str
@@ -73,9 +74,9 @@ class Layer(TypedDict):
     positions: str
     wer: float
     delta_wer: float
-    delta_wer_ci: Interval
+    delta_wer_ci: Interval | None
     delta_nll: float
-    delta_nll_ci: Interval
+    delta_nll_ci: Interval | None
     damage: float | None
     damage_ci: Interval | None
     kl: float
@@ -132,4 +133,10 @@ def load(run_dir: Path) -> tuple[Results, pd.DataFrame]:
             f"{run_dir / 'results.json'}: schema {results['schema']}, but this melprobe reads "
             f"{SCHEMA}; run the study again"
         )
-    return results, pd.read_parquet(run_dir / "rows.parquet")
+    try:
+        return results, pd.read_parquet(run_dir / "rows.parquet")
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"{run_dir / 'rows.parquet'}: damaged ({reason}); run the study again"
+        ) from None

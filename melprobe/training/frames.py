@@ -11,7 +11,7 @@ They shape which blocks hear: a checkpoint trained with them says so, and after 
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,9 @@ from melprobe.audio.patches import patch_at, patch_span
 from melprobe.corpus.manifest import Span, Utterance
 from melprobe.corpus.phones import CLASSES, SILENCE, fold
 from melprobe.errors import UsageError
-from melprobe.training.reading import TokenReader
+from melprobe.model.modelling import MelLLMForConditionalGeneration
+from melprobe.training.reading import Residual, TokenReader
+from melprobe.training.recipe import Frames
 
 UNKNOWN = -100
 DELAY = 1
@@ -169,6 +171,58 @@ def token_loss(
     if not spoken.any():
         return sum(parts, scores.sum() * 0), scores.new_zeros(())
     return sum(parts, scores.new_zeros(())), _share_right(scores[spoken], classes[spoken])
+
+
+class FrameLosses(nn.Module):
+    """Phone and token losses of a Mel-LLM that is being trained, at the blocks a recipe names."""
+
+    def __init__(
+        self, model: MelLLMForConditionalGeneration, reader: TokenReader, settings: Frames
+    ):
+        super().__init__()
+        config = model.config
+        self.phones = PhoneHead(config.text_config.hidden_size, config.frames_per_patch)
+        self.audio_token_id = config.audio_token_id
+        self.token_weight = settings.token_weight
+        self.reader = reader
+        self.residuals = {
+            "phones": Residual(model, settings.phones_after, "frames.phones_after"),
+            "tokens": Residual(model, settings.tokens_after, "frames.tokens_after"),
+        }
+
+    def run(self, model: Any, batch: Mapping[str, Tensor], learn: str) -> dict[str, Tensor]:
+        """`batch` through the blocks that `learn` (phones or tokens) needs; what was run."""
+        speech = _speech_only(batch, self.audio_token_id)
+        self.residuals[learn].of(model, speech)
+        return speech
+
+    def forward(
+        self, batch: Mapping[str, Tensor], targets: Mapping[str, Tensor], *, tokens: bool
+    ) -> dict[str, Tensor]:
+        """Losses and accuracies in the pass that just ran on `batch`; `frames` is their sum.
+
+        targets: `phone_targets` and `token_targets`; tokens: whether these count.
+        """
+        speech = batch["input_ids"] == self.audio_token_id
+        phones, right = self.phones(
+            self.residuals["phones"].last(), speech, targets["phone_targets"]
+        )
+        losses = {"frames": phones, "phones": phones, "phones_right": right}
+        if tokens:
+            losses["tokens"], losses["tokens_right"] = token_loss(
+                self.reader, self.residuals["tokens"].last(), speech, targets["token_targets"]
+            )
+            losses["frames"] = phones + self.token_weight * losses["tokens"]
+        return losses
+
+
+def _speech_only(batch: Mapping[str, Tensor], audio_token_id: int) -> dict[str, Tensor]:
+    """`batch` without labels, cut behind the last patch of its longest clip."""
+    patches = (batch["input_ids"] == audio_token_id).any(0).nonzero()
+    kept = {key: value for key, value in batch.items() if key != "labels"}
+    for key in ("input_ids", "attention_mask"):
+        kept[key] = kept[key][:, : int(patches.max()) + 1]
+    return kept
 
 
 def _share_right(scores: Tensor, classes: Tensor) -> Tensor:

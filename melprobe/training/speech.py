@@ -1,7 +1,7 @@
 """The speech task: a Mel-LLM that learns to write down what it reads off a spectrogram."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from melprobe.training.data import (
     load_corpora,
     speech_loader,
 )
-from melprobe.training.frames import PhoneHead, check_phones, token_loss
+from melprobe.training.frames import FrameLosses, check_phones
 from melprobe.training.reading import Residual, TokenReader
 from melprobe.training.recipe import SpeechRecipe
 
@@ -75,20 +75,15 @@ class SpeechTask:
             for name, clips in dev_clips(recipe.data.dev, recipe.data.dev_clips).items()
         }
         self.partners = {name: _partners(name, clips) for name, clips in self.dev.items()}
-        self.heads = nn.ModuleDict()
+        self.heads: nn.Module = nn.Module()
         if recipe.ctc or recipe.frames:
-            self.reader = TokenReader(
-                self.model, self._answer_tokens(), self.processor.tokenizer.eos_token_id
-            )
+            eos = self.processor.tokenizer.eos_token_id
+            reader = TokenReader(self.model, self._answer_tokens(), eos)
         if recipe.ctc:
-            self.ctc = SpeechCTC(self.reader, Residual(self.model, recipe.ctc.layer, "ctc.layer"))
+            self.ctc = SpeechCTC(reader, Residual(self.model, recipe.ctc.layer, "ctc.layer"))
         if recipe.frames:
             check_phones(clip.source for clip in self.clips)
-            width = self.model.config.text_config.hidden_size
-            self.heads["phones"] = PhoneHead(width, settings.frames_per_patch)
-            after = recipe.frames
-            self.phone_residual = Residual(self.model, after.phones_after, "frames.phones_after")
-            self.token_residual = Residual(self.model, after.tokens_after, "frames.tokens_after")
+            self.heads = self.frames = FrameLosses(self.model, reader, recipe.frames)
 
     def batches(self, start: int) -> Iterable[tuple[int, BatchFeature]]:
         recipe = self.recipe
@@ -107,40 +102,18 @@ class SpeechTask:
         recipe, learn = self.recipe, self.recipe.stage_at(step).learn
         targets = {key: batch.pop(key) for key in list(batch) if key.endswith("_targets")}
         if learn != "text":
-            batch = _speech_only(batch, self.processor.audio_token_id)
-            deepest = self.token_residual if learn == "tokens" else self.phone_residual
-            deepest.of(model, batch)
-            losses = self._frame_losses(batch, targets, tokens=learn == "tokens")
-            return {"train_loss": self._frame_total(losses), **losses}
+            batch = self.frames.run(model, batch, learn)
+            losses = self.frames(batch, targets, tokens=learn == "tokens")
+            return {"train_loss": losses.pop("frames"), **losses}
         losses = {"nll": model(**batch).loss}
         total = losses["nll"]
         if recipe.ctc and step < recipe.ctc.steps:
             losses["ctc"] = self.ctc.loss(batch)
             total = total + recipe.ctc.weight * losses["ctc"]
         if recipe.frames and recipe.frames.weight:
-            losses |= self._frame_losses(batch, targets, tokens=True)
-            total = total + recipe.frames.weight * self._frame_total(losses)
+            losses |= self.frames(batch, targets, tokens=True)
+            total = total + recipe.frames.weight * losses.pop("frames")
         return {"train_loss": total, **losses}
-
-    def _frame_total(self, losses: Mapping[str, Tensor]) -> Tensor:
-        if self.recipe.frames and "tokens" in losses:
-            return losses["phones"] + self.recipe.frames.token_weight * losses["tokens"]
-        return losses["phones"]
-
-    def _frame_losses(
-        self, batch: Mapping[str, Tensor], targets: Mapping[str, Tensor], *, tokens: bool
-    ) -> dict[str, Tensor]:
-        """Losses and accuracies of phones and, if asked for, tokens in the pass that just ran."""
-        speech = batch["input_ids"] == self.processor.audio_token_id
-        losses = {}
-        losses["phones"], losses["phones_right"] = self.heads["phones"](
-            self.phone_residual.last(), speech, targets["phone_targets"]
-        )
-        if tokens:
-            losses["tokens"], losses["tokens_right"] = token_loss(
-                self.reader, self.token_residual.last(), speech, targets["token_targets"]
-            )
-        return losses
 
     def _answer_tokens(self) -> set[int]:
         heard = [clip.text for clip in self.clips]
@@ -186,8 +159,8 @@ class SpeechTask:
         device = self.model.device
         inputs = {key: value.to(device) for key, value in batch.items()}
         with torch.autocast(device.type, torch.bfloat16):
-            self.token_residual.of(self.model, inputs)
-            losses = self._frame_losses(
+            inputs = self.frames.run(self.model, inputs, "tokens")
+            losses = self.frames(
                 inputs, {key: value.to(device) for key, value in targets.items()}, tokens=True
             )
         return {key: losses[key].item() for key in ("phones_right", "tokens_right")}
@@ -212,15 +185,6 @@ def _partners(name: str, clips: Sequence[tuple[Utterance, np.ndarray]]) -> list[
         return swap_partners([u for u, _ in clips])
     except UsageError as error:
         raise UsageError(f"data.dev {name}, {len(clips)} of its clips: {error}") from None
-
-
-def _speech_only(batch: Mapping[str, Tensor], audio_token_id: int) -> dict[str, Tensor]:
-    """`batch` without labels, cut behind the last patch of its longest clip."""
-    patches = (batch["input_ids"] == audio_token_id).any(0).nonzero()
-    kept = {key: value for key, value in batch.items() if key != "labels"}
-    for key in ("input_ids", "attention_mask"):
-        kept[key] = kept[key][:, : int(patches.max()) + 1]
-    return kept
 
 
 def mel_statistics(
