@@ -96,6 +96,20 @@ def test_a_training_manifest_is_spoken_a_test_is_not(tmp_path: Path) -> None:
         casting.plan(arguments("--text", f"manifest:{tmp_path / 'test.jsonl'}", *options))
 
 
+def test_shuffled_sentences_keep_their_words_and_lengths_but_no_order(tmp_path: Path) -> None:
+    lines = [f"{a} went to {b} with {c} again" for a in "xyz" for b in ("us", "them") for c in "uv"]
+    lines = [line.translate(str.maketrans({"x": "he", "y": "she", "z": "we"})) for line in lines]
+    lines = [line.replace(" u ", " rope ").replace(" v ", " love ") for line in lines]
+    rows = [{"audio": f"{i}.flac", "text": t, "duration": 1} for i, t in enumerate(lines)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ("--n", str(len(lines)), "--dev", "0", "--test", "0", "--test-engine", "0")
+    plan = casting.plan(arguments("--text", f"shuffled:{tmp_path / 'train.jsonl'}", *options))
+    spoken = [clip.text for clip in plan["train"]]
+    assert not set(spoken) & set(lines)
+    assert [len(text.split()) for text in spoken] == [7] * len(lines)
+    assert sorted(" ".join(spoken).split()) == sorted(" ".join(lines).split())
+
+
 @pytest.mark.parametrize(
     ("line", "spoken"),
     [
@@ -116,8 +130,9 @@ def test_only_lines_that_are_spoken_as_written_pass(line: str, spoken: str | Non
 
 
 def test_a_text_source_names_its_folder() -> None:
-    texts = ("words", "manifest:queen/train", "my/lines.txt")
-    assert [*map(synth.default_name, texts)] == ["synth-words", "synth-queen", "synth-lines"]
+    texts = ("words", "manifest:queen/train", "my/lines.txt", "shuffled:queen/train")
+    names = ["synth-words", "synth-queen", "synth-lines", "synth-shuffled-queen"]
+    assert [*map(synth.default_name, texts)] == names
 
 
 def test_festivals_lines_are_read() -> None:

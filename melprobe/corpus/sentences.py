@@ -6,7 +6,7 @@ abbreviations or acronyms. Splits are kept apart by n-grams of words, see `draw`
 
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def clean(line: str) -> str | None:
 
 
 def read_sentences(text: str) -> list[str]:
-    """Clean, distinct sentences of a text source other than `words`, in its own order.
+    """Clean, distinct sentences of a text source that is not random, in its own order.
 
     `text` is a file with one sentence a line, `wordnet`, or `manifest:NAME`. Raises UsageError if
     it is not there or nothing in it can be spoken.
@@ -62,7 +62,9 @@ def read_sentences(text: str) -> list[str]:
     elif Path(text).is_file():
         lines = Path(text).read_text(encoding="utf-8").splitlines()
     else:
-        raise UsageError(f"{text}: not a text file, `words`, `wordnet` or `manifest:NAME`")
+        raise UsageError(
+            f"{text}: not a text file, `words`, `wordnet`, `manifest:NAME` or `shuffled:NAME`"
+        )
     sentences: dict[tuple[str, ...], str] = {}
     for line in lines:
         sentence = clean(line)
@@ -97,6 +99,27 @@ def word_sequences(rng: random.Random, shortest: int, longest: int) -> Iterator[
             yield sequence
 
 
+def shuffled_words(rng: random.Random, sentences: Sequence[str]) -> Iterator[str]:
+    """Endless sequences of the sentences' words, as frequent and as many, but in no order.
+
+    What they say can't be guessed, and the words are those of the sentences' domain.
+    """
+    spoken = [word_labels(sentence) for sentence in sentences]
+    words = [word for labels in spoken for word in labels]
+    seen: set[str] = set()
+    while True:
+        known = len(seen)
+        rng.shuffle(words)
+        rest = iter(words)
+        for labels in spoken:
+            sequence = " ".join(islice(rest, len(labels)))
+            if sequence not in seen:
+                seen.add(sequence)
+                yield sequence
+        if len(seen) == known:
+            return
+
+
 def draw(text: str, sizes: Mapping[str, int], seed: int) -> dict[str, list[str]]:
     """Sentences for each split; `train` may say a sentence several times, the others never.
 
@@ -107,6 +130,9 @@ def draw(text: str, sizes: Mapping[str, int], seed: int) -> dict[str, list[str]]
     n = 3 if text == "words" else 4
     if text == "words":
         held_out, training = word_sequences(rng, n, 6), word_sequences(rng, 2, 6)
+    elif text.startswith("shuffled:"):
+        sentences = read_sentences(text.replace("shuffled", "manifest", 1))
+        held_out = training = shuffled_words(rng, sentences)
     else:
         pool = read_sentences(text)
         rng.shuffle(pool)

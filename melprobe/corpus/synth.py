@@ -62,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text",
         default="words",
         help="a file with a sentence a line, words, wordnet or"
-        " manifest:NAME (say a training manifest's lines); default %(default)s",
+        " manifest:NAME (say a training manifest's lines) or shuffled:NAME (its words in no order);"
+        " default %(default)s",
     )
     add("--name", help="folder of the corpus; default synth-TEXT")
     add("--n", type=int, default=24_000, help="training clips (default %(default)s)")
@@ -145,9 +146,13 @@ def default_name(text: str) -> str:
 
     >>> default_name("words"), default_name("manifest:queen/train"), default_name("my/lines.txt")
     ('synth-words', 'synth-queen', 'synth-lines')
+    >>> default_name("shuffled:queen/train")
+    'synth-shuffled-queen'
     """
-    source = Path(text.removeprefix("manifest:"))
-    return f"synth-{source.parent.name if text.startswith('manifest:') else source.stem}"
+    kind, colon, name = text.rpartition(":")
+    source = Path(name)
+    shuffled = "shuffled-" if kind == "shuffled" else ""
+    return f"synth-{shuffled}{source.parent.name if colon else source.stem}"
 
 
 def render(part: Part) -> int:
