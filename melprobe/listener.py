@@ -16,8 +16,8 @@ from transformers.utils import logging
 
 from melprobe.corpus.text import plain_text
 from melprobe.errors import UsageError
+from melprobe.hooks.cuts import BlockChange, bypass, knock_out, skip, watch_blocks
 from melprobe.hooks.layers import decoder_blocks
-from melprobe.hooks.skip import BlockChange, skip, watch_blocks
 from melprobe.model import checkpoint
 from melprobe.model.inference import AnswerScores, answer_scores, transcribe
 from melprobe.model.modelling import MelLLMForConditionalGeneration
@@ -48,8 +48,23 @@ class Listener:
     def skip(
         self, layers: Iterable[int], positions: str = "speech"
     ) -> AbstractContextManager[None]:
-        """Skip blocks at positions inside a `with`; see `melprobe.hooks.skip`."""
+        """Skip blocks at positions inside a `with`: not processed there, still read from elsewhere.
+
+        See `melprobe.hooks.cuts`.
+        """
         return skip(self.model, layers, positions)
+
+    def knock_out(
+        self, layers: Iterable[int], positions: str = "speech"
+    ) -> AbstractContextManager[None]:
+        """Hide positions in blocks inside a `with`: processed there, not read from elsewhere."""
+        return knock_out(self.model, layers, positions)
+
+    def bypass(
+        self, layers: Iterable[int], positions: str = "speech"
+    ) -> AbstractContextManager[None]:
+        """Lead positions around blocks inside a `with`: neither processed nor read."""
+        return bypass(self.model, layers, positions)
 
     def watch_blocks(self, positions: str = "speech") -> AbstractContextManager[BlockChange]:
         """Measure how far each block turns the residual inside a `with`."""

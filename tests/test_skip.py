@@ -107,6 +107,7 @@ def test_cached_decoding_equals_uncached_under_skipping(lm, clips, positions, la
     with lm.skip(layers, positions):
         cached = greedy_ids(lm, clips)
         assert torch.equal(cached, greedy_ids(lm, clips, use_cache=False))
+        assert torch.equal(cached, greedy_ids(lm, clips, cache_implementation="static"))
 
 
 @pytest.mark.parametrize("positions", ["answer", "prompt"])

@@ -146,9 +146,9 @@ def test_words_are_cut_out_at_their_times(workshop, tmp_path):
     wave = np.repeat(np.float32([0.1, 0.5, 0.9]), 8000)  # half a second each
     soundfile.write(path, wave, 16_000)
     words = (Span("one", 0.1, 0.4), Span("two", 0.6, 0.9), Span("three", 1.1, 1.4))
-    write_manifest(
-        tmp_path / "m.jsonl", [Utterance("a.wav", path, "One, two, three.", 1.5, words=words)]
-    )
+    timed = Utterance("a.wav", path, "One, two, three.", 1.5, words=words)
+    untimed = Utterance("b.wav", path, "Nobody knows when.", 1.5)  # left out
+    write_manifest(tmp_path / "m.jsonl", [timed, untimed])
     data = read_recipe(workshop / "recipe.yaml").data
     corpus = Corpus(manifest=str(tmp_path / "m.jsonl"), crop_words=2)
     clips, _ = load_corpora(data.model_copy(update={"train": (corpus,)}))

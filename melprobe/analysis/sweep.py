@@ -17,8 +17,8 @@ from melprobe.audio.mel import frame_count
 from melprobe.audio.patches import patch_count
 from melprobe.corpus.manifest import Utterance
 from melprobe.errors import UsageError
+from melprobe.hooks.cuts import BlockChange
 from melprobe.hooks.layers import format_layers
-from melprobe.hooks.skip import BlockChange
 from melprobe.listener import Listener
 from melprobe.model.inference import AnswerScores, batches_by_length
 from melprobe.store import Key, Row, RowStore

@@ -53,7 +53,8 @@ def position_kinds(
     """`Kind` of every position of a whole sequence, (B, S) int64.
 
     `labels` (B, S) mark the answer (not -100); without them there is none yet. Padding may stand
-    on either side.
+    on either side of an attention_mask (B, S), and before the words in one that was spread out for
+    a static cache, (B, 1, S, room), which says what the last position may attend to.
     """
     kinds = torch.full_like(input_ids, Kind.PROMPT)
     kinds[input_ids == audio_token_id] = Kind.SPEECH
@@ -62,8 +63,12 @@ def position_kinds(
     if attention_mask is None:
         kinds[:, 0] = Kind.BOS
         return kinds
-    present = attention_mask.bool()
-    kinds[present & (attention_mask.long().cumsum(1) == 1)] = Kind.BOS
+    if attention_mask.dim() == 4:
+        seen = attention_mask[:, 0, -1, : input_ids.shape[1]]
+        present = seen if seen.dtype == torch.bool else seen == 0
+    else:
+        present = attention_mask.bool()
+    kinds[present & (present.long().cumsum(1) == 1)] = Kind.BOS
     return kinds.masked_fill(~present, Kind.PADDING)
 
 
@@ -83,28 +88,38 @@ class PositionTracker:
 
     def __init__(self, audio_token_id: int):
         self.audio_token_id = audio_token_id
-        self._kinds: Tensor | None = None
+        self._kinds_so_far: Tensor | None = None
+        self._past = 0
         self._answer_is_marked = True
 
     @property
     def kinds(self) -> Tensor:
         """(B, S) for the current forward pass."""
-        if self._kinds is None:
+        return self.kinds_so_far[:, self._past :]
+
+    @property
+    def kinds_so_far(self) -> Tensor:
+        """(B, K) for the current forward pass and all that the cache holds from earlier ones."""
+        if self._kinds_so_far is None:
             raise RuntimeError("the decoder ran without the model around it: kinds are unknown")
-        return self._kinds
+        return self._kinds_so_far
 
     def selected(self, positions: str) -> Tensor:
         """(B, S) bool: the positions of these kinds in the current forward pass.
 
         Raises ValueError where prompt and answer must be told apart and can't be.
         """
+        return self.selected_so_far(positions)[:, self._past :]
+
+    def selected_so_far(self, positions: str) -> Tensor:
+        """(B, K) bool: likewise, and among the positions in the cache."""
         chosen = POSITIONS[check_positions(positions)]
         if not self._answer_is_marked and (Kind.PROMPT in chosen) != (Kind.ANSWER in chosen):
             raise ValueError(
                 f"positions {positions!r}: without a cache, prompt and answer can't be told apart; "
                 "drop use_cache=False, give labels, or take positions 'text'"
             )
-        return selected(self.kinds, positions)
+        return selected(self.kinds_so_far, positions)
 
     @contextmanager
     def watching(self, model: MelLLMForConditionalGeneration) -> Iterator["PositionTracker"]:
@@ -114,19 +129,24 @@ class PositionTracker:
             yield self
         finally:
             handle.remove()
-            self._kinds = None
+            self._kinds_so_far = None
 
     def _note(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         input_ids = args[0] if args else kwargs.get("input_ids")
         if input_ids is None:
             raise ValueError("interventions find positions in input_ids; inputs_embeds has none")
-        past = kwargs.get("past_key_values")
-        if past is not None and past.get_seq_length() > 0:
+        cache = kwargs.get("past_key_values")
+        self._past = 0 if cache is None else int(cache.get_seq_length())
+        if self._past:
+            known = self._kinds_so_far
+            if known is None or known.shape[1] < self._past:
+                raise ValueError("the cache was filled before the intervention began: begin anew")
             self._answer_is_marked = True
-            self._kinds = torch.full_like(input_ids, Kind.ANSWER)
+            new = torch.full_like(input_ids, Kind.ANSWER)
+            self._kinds_so_far = torch.cat([known[:, : self._past], new], 1)
             return
         labels = kwargs.get("labels")
         self._answer_is_marked = labels is not None or kwargs.get("use_cache") is not False
-        self._kinds = position_kinds(
+        self._kinds_so_far = position_kinds(
             input_ids, self.audio_token_id, kwargs.get("attention_mask"), labels
         )

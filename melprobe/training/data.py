@@ -79,6 +79,13 @@ def load_corpora(data: Data) -> tuple[list[Clip], dict[str, int]]:
     for number, corpus in enumerate(data.train):
         usable = [u for u in corpora[corpus.manifest] if u.audio in clean]
         dropped[corpus.manifest] = len(corpora[corpus.manifest]) - len(usable)
+        if corpus.crop_words:  # the aligner refuses a clip in a hundred
+            usable = [u for u in usable if u.words]
+            if not usable:
+                raise UsageError(
+                    f"data.train.{number}: crop_words needs word times, and no clip of "
+                    f"{corpus.manifest} has any; see `python -m melprobe.corpus align`"
+                )
         for copy in range(corpus.repeat):
             for u in usable:
                 clips += _clips(u, f"{number}:{copy}:{u.id}", corpus.crop_words)
@@ -95,8 +102,6 @@ def _clips(u: Utterance, name: str, crop_words: int | None) -> list[Clip]:
     """The utterance whole, or cut between words into pieces of `crop_words` words."""
     if crop_words is None:
         return [Clip(name, u, u.text, 0.0, u.duration)]
-    if not u.words:
-        raise UsageError(f"{u.where}: crop_words needs word times, and this clip has none")
     clips = []
     for first in range(0, len(u.words), crop_words):
         piece = u.words[first : first + crop_words]

@@ -69,7 +69,8 @@ class Corpus(_Strict):
     repeat: Annotated[int, Field(ge=1)] = 1
     """How often an epoch reads it."""
     crop_words: Annotated[int, Field(ge=1)] | None = None
-    """Cut its clips at their word times into pieces of so many words."""
+    """Cut its clips at their word times into pieces of so many words, and leave out the clips that
+    have none."""
 
 
 class Stage(_Strict):

@@ -1,0 +1,177 @@
+"""Cutting decoder blocks at chosen positions, and watching what blocks do to the residual.
+
+Block l maps h_l to h_{l+1}. It does two things for the positions P, which are cut apart or
+together: it *processes* them (h_{l+1}[P] is not h_l[P]), and lets others *read* them (positions
+outside P attend to P in this block).
+
+                processed       not processed
+    read        intact          skip
+    not read    knock-out       bypass
+
+Positions keep their place in all of them. A cut holds in prefill, in every decoding step and in
+teacher forcing; a skipped position's keys and values are those of the unchanged h_l[P], and stand
+in the cache for later steps.
+
+Hooks are put in front of all others, so whoever else listens hears the changed residual.
+Shapes: B batch, S sequence positions that a pass computes, K those it can attend to, D width.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from melprobe.errors import UsageError
+from melprobe.hooks.layers import check_layers, decoder_blocks
+from melprobe.hooks.positions import PositionTracker, check_positions
+from melprobe.model.modelling import MelLLMForConditionalGeneration
+
+# Attention that takes a mask with a row for each query; flash attention does not.
+_MASKED_ATTENTION = {"sdpa", "eager"}
+
+
+def skip(
+    model: MelLLMForConditionalGeneration, layers: Iterable[int], positions: str = "speech"
+) -> AbstractContextManager[None]:
+    """Skip these blocks at these positions: not processed, still read. See `cut`."""
+    return cut(model, layers, positions, process=False, read=True)
+
+
+def knock_out(
+    model: MelLLMForConditionalGeneration, layers: Iterable[int], positions: str = "speech"
+) -> AbstractContextManager[None]:
+    """Hide these positions from the others in these blocks: processed, not read. See `cut`."""
+    return cut(model, layers, positions, process=True, read=False)
+
+
+def bypass(
+    model: MelLLMForConditionalGeneration, layers: Iterable[int], positions: str = "speech"
+) -> AbstractContextManager[None]:
+    """Lead these positions around these blocks: neither processed nor read. See `cut`."""
+    return cut(model, layers, positions, process=False, read=False)
+
+
+@contextmanager
+def cut(
+    model: MelLLMForConditionalGeneration,
+    layers: Iterable[int],
+    positions: str = "speech",
+    *,
+    process: bool,
+    read: bool,
+) -> Iterator[None]:
+    """Change what these blocks do for these positions inside a `with`; restored on any exit.
+
+    Contexts nest: each adds its own. Raises UsageError for a layer or a position kind that the
+    model doesn't have, and for attention that takes no mask (`read=False` only).
+    """
+    blocks = decoder_blocks(model)
+    chosen = check_layers(layers, len(blocks))
+    check_positions(positions)
+    decoder: Any = model.get_decoder()
+    attention = decoder.config._attn_implementation
+    if not read and attention not in _MASKED_ATTENTION:
+        raise UsageError(
+            f"attention {attention!r} can't hide positions: load the model with "
+            "attn_implementation='sdpa'"
+        )
+
+    def keep_input(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        before, after = _residuals(args, kwargs, output)
+        where = tracker.selected(positions)[..., None]
+        return _with_residual(output, torch.where(where, before, after))
+
+    def hide(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        there, asking = tracker.selected_so_far(positions), tracker.selected(positions)
+        unread = there[:, None, None, :] & ~asking[:, None, :, None]  # (B, 1, S, K)
+        return args, kwargs | {"attention_mask": _hidden(kwargs.get("attention_mask"), unread)}
+
+    with ExitStack() as stack:
+        tracker = stack.enter_context(PositionTracker(model.config.audio_token_id).watching(model))
+        for layer in chosen:
+            if not process:
+                handle = blocks[layer].register_forward_hook(
+                    keep_input, with_kwargs=True, prepend=True
+                )
+                stack.callback(handle.remove)
+            if not read:
+                handle = blocks[layer].register_forward_pre_hook(
+                    hide, with_kwargs=True, prepend=True
+                )
+                stack.callback(handle.remove)
+        yield
+
+
+class BlockChange:
+    """How far each block turns the residual, per clip: similarity, which is not damage.
+
+    cosine[l]: one (B,) tensor per forward pass, the mean over positions of cos(h_l, h_{l+1});
+    angle[l]: likewise of arccos cos(h_l, h_{l+1}) / π.
+
+    2403.17887 takes the angular distance at each sample's last token only; this one is the mean
+    over all chosen positions of a clip, and whoever reports it means over clips.
+    """
+
+    def __init__(self, n_layers: int):
+        self.cosine: list[list[Tensor]] = [[] for _ in range(n_layers)]
+        self.angle: list[list[Tensor]] = [[] for _ in range(n_layers)]
+
+
+@contextmanager
+def watch_blocks(
+    model: MelLLMForConditionalGeneration, positions: str = "speech"
+) -> Iterator[BlockChange]:
+    """Measure block influence 1 − cos (ShortGPT, 2403.03853) and angular distance (2403.17887).
+
+    Clips with no such position give NaN.
+    """
+    blocks = decoder_blocks(model)
+    check_positions(positions)
+    change = BlockChange(len(blocks))
+
+    def measure(layer: int) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            before, after = _residuals(args, kwargs, output)
+            cosine = F.cosine_similarity(before.float(), after.float(), dim=-1).clamp(-1, 1)
+            where = tracker.selected(positions)
+            n = where.sum(1)
+            change.cosine[layer].append((cosine * where).sum(1) / n)
+            change.angle[layer].append((cosine.arccos() / torch.pi * where).sum(1) / n)
+
+        return hook
+
+    with ExitStack() as stack:
+        tracker = stack.enter_context(PositionTracker(model.config.audio_token_id).watching(model))
+        for layer, block in enumerate(blocks):
+            handle = block.register_forward_hook(measure(layer), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield change
+
+
+def _residuals(args: Any, kwargs: Any, output: Any) -> tuple[Tensor, Tensor]:
+    """h_l and h_{l+1}; blocks return a tensor or a tuple that begins with one."""
+    before = args[0] if args else kwargs["hidden_states"]
+    return before, output[0] if isinstance(output, tuple) else output
+
+
+def _with_residual(output: Any, residual: Tensor) -> Any:
+    return (residual, *output[1:]) if isinstance(output, tuple) else residual
+
+
+def _hidden(mask: Tensor | None, unread: Tensor) -> Tensor:
+    """An attention mask that also hides what is `unread` (B, 1, S, K).
+
+    mask: True where attention is allowed, or numbers added to its scores; None is causal. It may
+    be wider than K: a static cache has room for positions that don't exist yet.
+    """
+    queries, keys = unread.shape[-2:]
+    if mask is None:
+        allowed = torch.ones(queries, keys, dtype=torch.bool, device=unread.device)
+        mask = allowed.tril(keys - queries)
+    unread = F.pad(unread, (0, mask.shape[-1] - keys))
+    if mask.dtype == torch.bool:
+        return mask & ~unread
+    return mask.masked_fill(unread, torch.finfo(mask.dtype).min)

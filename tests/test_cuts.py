@@ -1,0 +1,159 @@
+"""Knock-out and bypass: what hiding positions from the others must satisfy. Skips: test_skip.py."""
+
+import pytest
+import torch
+
+from melprobe.errors import UsageError
+from melprobe.hooks.layers import decoder_blocks
+from melprobe.hooks.positions import position_kinds, selected
+from tests.tiny import N_LAYERS, tiny_listener, waves
+
+TEXTS = ["please hold", "the new number three", "one"]
+EVERY_BLOCK = range(N_LAYERS)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return tiny_listener()
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return waves(1.0, 0.7, 1.3)
+
+
+def cut_by_hand(lm, inputs, layer, positions, *, process, read):
+    """Logits of the answer from a plain loop over blocks, with one mask written out in full."""
+    decoder, grabbed = lm.model.get_decoder(), {}
+
+    def grab(module, args, kwargs):
+        grabbed.update(hidden=args[0], rest=kwargs)
+
+    handle = decoder.layers[0].register_forward_pre_hook(grab, with_kwargs=True)
+    lm.model(**inputs)
+    handle.remove()
+    kinds = position_kinds(
+        inputs["input_ids"], lm.processor.audio_token_id, inputs["attention_mask"], inputs["labels"]
+    )
+    cut = selected(kinds, positions)
+    rows, width = cut.shape
+    allowed = torch.zeros(rows, 1, width, width, dtype=torch.bool)
+    for row in range(rows):
+        for query in range(width):
+            for key in range(query + 1):
+                hidden = not read and cut[row, key] and not cut[row, query]
+                present = inputs["attention_mask"][row, key] or key == query
+                allowed[row, 0, query, key] = bool(present) and not hidden
+    hidden = grabbed["hidden"]
+    for number, block in enumerate(decoder.layers):
+        if number != layer:
+            hidden = block(hidden, **grabbed["rest"])
+            continue
+        output = block(hidden, **(grabbed["rest"] | {"attention_mask": allowed}))
+        hidden = output if process else torch.where(cut[..., None], hidden, output)
+    logits = lm.model.get_output_embeddings()(decoder.norm(hidden))
+    return logits[:, :-1][inputs["labels"][:, 1:] != -100]
+
+
+@pytest.mark.parametrize("positions", ["bos", "prompt", "speech", "answer", "text"])
+@pytest.mark.parametrize("layer", [0, 2, N_LAYERS - 1])
+def test_cuts_equal_a_loop_over_blocks_with_the_mask_written_out(lm, clips, layer, positions):
+    inputs = lm.processor(clips, TEXTS)
+    plain = lm.model(**inputs).logits
+    for name, process in (("knock_out", True), ("bypass", False)):
+        expected = cut_by_hand(lm, inputs, layer, positions, process=process, read=False)
+        with getattr(lm, name)({layer}, positions):
+            found = lm.model(**inputs).logits
+        assert torch.allclose(found, expected, atol=1e-5)
+        # Here nothing but the answer itself comes after prompt and answer.
+        nobody_reads = process and positions in {"answer", "text"}
+        assert torch.allclose(found, plain, atol=1e-4) == nobody_reads
+    assert torch.equal(lm.model(**inputs).logits, plain)
+
+
+@pytest.mark.parametrize("name", ["knock_out", "bypass"])
+def test_a_model_that_reads_speech_nowhere_is_deaf(lm, clips, name):
+    other = [wave[::-1].copy() for wave in clips]
+    assert not torch.equal(lm.score(clips, TEXTS).logits, lm.score(other, TEXTS).logits)
+    with getattr(lm, name)(EVERY_BLOCK, "speech"):
+        assert torch.equal(lm.score(clips, TEXTS).logits, lm.score(other, TEXTS).logits)
+        assert lm.transcribe(clips) == lm.transcribe(other)
+
+
+def test_the_last_blocks_reading_is_no_zero_by_construction(lm, clips):
+    plain = lm.score(clips, TEXTS).logits
+    for name in ("knock_out", "bypass"):
+        with getattr(lm, name)({N_LAYERS - 1}, "speech"):
+            assert not torch.allclose(lm.score(clips, TEXTS).logits, plain, atol=1e-4)
+
+
+def test_where_no_other_position_is_left_nothing_is_hidden(lm, clips):
+    plain = lm.score(clips, TEXTS).logits
+    with lm.knock_out({1}, "all"):
+        assert torch.allclose(lm.score(clips, TEXTS).logits, plain, atol=1e-5)
+    with lm.skip({1}, "all"):
+        skipped = lm.score(clips, TEXTS).logits
+    with lm.bypass({1}, "all"):
+        assert torch.allclose(lm.score(clips, TEXTS).logits, skipped, atol=1e-5)
+
+
+def test_a_bypass_is_a_skip_and_a_knock_out_together(lm, clips):
+    with lm.bypass({1, 2}):
+        whole = lm.score(clips, TEXTS).logits
+    with lm.skip({1, 2}), lm.knock_out({1, 2}):
+        assert torch.equal(lm.score(clips, TEXTS).logits, whole)
+
+
+@pytest.mark.parametrize("positions", ["bos", "speech", "prompt"])
+@pytest.mark.parametrize("name", ["knock_out", "bypass"])
+def test_cached_decoding_equals_uncached(lm, clips, name, positions):
+    options = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
+    inputs = lm.processor(clips)
+    with getattr(lm, name)({0, 2}, positions):
+        cached = lm.model.generate(**inputs, **options)
+        if positions != "prompt":  # not to be told from the answer without a cache
+            assert torch.equal(cached, lm.model.generate(**inputs, use_cache=False, **options))
+        static = lm.model.generate(**inputs, cache_implementation="static", **options)
+        assert torch.equal(cached, static)
+    assert not torch.equal(cached, lm.model.generate(**inputs, **options))
+
+
+def test_a_clip_alone_is_cut_as_in_a_padded_batch(lm, clips):
+    """Alone it needs no padding, and the model gets no mask at all."""
+    together = lm.score(clips, TEXTS)
+    with lm.knock_out({1}):
+        together = lm.score(clips, TEXTS).nll
+        alone = [lm.score([c], [t]).nll[0] for c, t in zip(clips, TEXTS, strict=True)]
+    assert torch.allclose(together, torch.stack(alone), atol=1e-4)
+
+
+def test_masks_that_are_added_hide_as_masks_that_allow(lm, clips):
+    other = tiny_listener()
+    other.model.set_attn_implementation("eager")
+    with lm.knock_out({1, 3}), other.knock_out({1, 3}):
+        ours, theirs = lm.score(clips, TEXTS).logits, other.score(clips, TEXTS).logits
+    assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_attention_without_masks_is_refused(lm, monkeypatch):
+    monkeypatch.setattr(lm.model.get_decoder().config, "_attn_implementation", "flash_attention_2")
+    with pytest.raises(UsageError, match="'flash_attention_2' can't hide positions"):
+        lm.knock_out({1}).__enter__()
+    with lm.skip({1}):  # needs none
+        pass
+
+
+def test_a_cache_from_before_the_intervention_is_refused(lm, clips):
+    inputs = lm.processor(clips)
+    start = lm.model(**inputs, use_cache=True)
+    token = start.logits[:, -1:].argmax(-1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(token)], 1)
+    with lm.knock_out({1}), pytest.raises(ValueError, match="before the intervention began"):
+        lm.model(input_ids=token, attention_mask=mask, past_key_values=start.past_key_values)
+
+
+def test_exceptions_restore_the_model(lm):
+    with pytest.raises(KeyError), lm.bypass({1, 2}):
+        raise KeyError
+    for block in decoder_blocks(lm.model):
+        assert not block._forward_hooks and not block._forward_pre_hooks
