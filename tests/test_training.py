@@ -142,12 +142,13 @@ def test_global_statistics_are_those_of_the_training_clips(workshop):
 
 
 def test_words_are_cut_out_at_their_times(workshop, tmp_path):
-    path = tmp_path / "a.wav"
+    path, other = tmp_path / "a.wav", tmp_path / "b.wav"
     wave = np.repeat(np.float32([0.1, 0.5, 0.9]), 8000)  # half a second each
-    soundfile.write(path, wave, 16_000)
+    for place in (path, other):
+        soundfile.write(place, wave, 16_000)
     words = (Span("one", 0.1, 0.4), Span("two", 0.6, 0.9), Span("three", 1.1, 1.4))
     timed = Utterance("a.wav", path, "One, two, three.", 1.5, words=words)
-    untimed = Utterance("b.wav", path, "Nobody knows when.", 1.5)  # left out
+    untimed = Utterance("b.wav", other, "Nobody knows when.", 1.5)  # left out
     write_manifest(tmp_path / "m.jsonl", [timed, untimed])
     data = read_recipe(workshop / "recipe.yaml").data
     corpus = Corpus(manifest=str(tmp_path / "m.jsonl"), crop_words=2)
@@ -158,9 +159,12 @@ def test_words_are_cut_out_at_their_times(workshop, tmp_path):
     assert levels == [[0.1, 0.5], [0.9]]
     assert len({clip.id for clip in clips}) == 2
 
-    whole = Corpus(manifest=str(workshop / "train.jsonl"), crop_words=1)
-    with pytest.raises(UsageError, match="crop_words needs word times"):
-        load_corpora(data.model_copy(update={"train": (whole,)}))
+    write_manifest(tmp_path / "n.jsonl", [untimed])
+    nothing = Corpus(manifest=str(tmp_path / "n.jsonl"), crop_words=1)
+    with pytest.raises(
+        UsageError, match=r"data.train.0: crop_words needs word times.*corpus align"
+    ):
+        load_corpora(data.model_copy(update={"train": (nothing,)}))
 
 
 def test_batches_from_the_middle_are_those_of_the_whole(workshop):
