@@ -18,6 +18,7 @@ from melprobe.corpus.text import plain_text
 from melprobe.errors import UsageError
 from melprobe.hooks.cuts import BlockChange, bypass, knock_out, skip, watch_blocks
 from melprobe.hooks.layers import decoder_blocks
+from melprobe.hooks.replay import Replay
 from melprobe.model import checkpoint
 from melprobe.model.inference import AnswerScores, answer_scores, transcribe
 from melprobe.model.modelling import MelLLMForConditionalGeneration
@@ -44,6 +45,13 @@ class Listener:
     def score(self, waves: Sequence[np.ndarray], texts: Sequence[str]) -> AnswerScores:
         """Likelihood of each text, in plain form, given its audio, as one batch."""
         return answer_scores(self.model, self.processor, waves, [plain_text(t) for t in texts])
+
+    def replay(
+        self, waves: Sequence[np.ndarray], texts: Sequence[str], max_new_tokens: int = 64
+    ) -> Replay:
+        """Hear a batch once, to hear it again and again under interventions for little."""
+        plain = [plain_text(t) for t in texts]
+        return Replay(self.model, self.processor, waves, plain, max_new_tokens)
 
     def skip(
         self, layers: Iterable[int], positions: str = "speech"

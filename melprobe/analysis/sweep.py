@@ -4,7 +4,6 @@ Batch by batch, so that the intact model's logits (for KL) are held for one batc
 row by row into the store, so that a study which was stopped goes on.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from melprobe.corpus.manifest import Utterance
 from melprobe.errors import UsageError
 from melprobe.hooks.cuts import BlockChange
 from melprobe.hooks.layers import format_layers
+from melprobe.hooks.replay import Heard
 from melprobe.listener import Listener
 from melprobe.model.inference import AnswerScores, batches_by_length
 from melprobe.store import Key, Row, RowStore
@@ -98,19 +98,21 @@ class _Batch:
         advance(len(self.utterances) * (len(conditions) - len(missing)))
         if not missing:
             return
+        limit = self.study.max_new_tokens
         with self.listener.watch_blocks(self.study.positions) as change:
-            intact = self.listener.score(self.waves, self.texts)
+            replay = self.listener.replay(self.waves, self.texts, limit)
         sets = {format_layers(layers): layers for layers in self.study.layer_sets}
         for condition, label in missing:
             if condition == "intact":
-                rows = self._rows(condition, "", self.waves, intact, intact)
+                heard = replay.intact
             elif condition == "swapped":
-                scores = self.listener.score(self.swapped_waves, self.texts)
-                rows = self._rows(condition, "", self.swapped_waves, scores, intact)
+                heard = self.listener.replay(self.swapped_waves, self.texts, limit).intact
             else:
                 with self.listener.skip(sets[label], self.study.positions):
-                    scores = self.listener.score(self.waves, self.texts)
-                    rows = self._rows(condition, label, self.waves, scores, intact, change)
+                    # A skip changes what its block hands on, but not what that computes.
+                    heard = replay.hear(reuse=min(sets[label]) + 1)
+            kl = _kl_per_clip(replay.intact.scores, heard.scores)
+            rows = self._rows(condition, label, heard, kl, _turned(change, label))
             store.add(rows)
             advance(len(rows))
 
@@ -118,18 +120,13 @@ class _Batch:
         self,
         condition: str,
         label: str,
-        waves: list[np.ndarray],
-        scores: AnswerScores,
-        intact: AnswerScores,
-        change: BlockChange | None = None,
+        heard: Heard,
+        kl: Tensor,
+        turned: tuple[Tensor, Tensor] | None,
     ) -> list[Row]:
-        start = time.perf_counter()
-        heard = self.listener.transcribe(waves, self.study.max_new_tokens)
-        seconds = (time.perf_counter() - start) / len(waves)
-        kl = _kl_per_clip(intact, scores)
-        turned = _turned(change, label)
+        answers = self.listener.processor.batch_decode(heard.answers)
         rows = []
-        for i, (u, hypothesis) in enumerate(zip(self.utterances, heard, strict=True)):
+        for i, (u, hypothesis) in enumerate(zip(self.utterances, answers, strict=True)):
             errors = count_errors(u.text, hypothesis)
             rows.append(
                 Row(
@@ -139,8 +136,8 @@ class _Batch:
                     utterance=u.id,
                     positions=self.study.positions if label else "",
                     speaker=u.speaker,
-                    nll=scores.nll[i].item(),
-                    answer_tokens=int(scores.tokens[i]),
+                    nll=heard.scores.nll[i].item(),
+                    answer_tokens=int(heard.scores.tokens[i]),
                     kl=kl[i].item(),
                     reference=u.text,
                     hypothesis=hypothesis,
@@ -148,7 +145,7 @@ class _Batch:
                     deletions=errors.deletions,
                     insertions=errors.insertions,
                     reference_words=errors.reference_words,
-                    seconds=seconds,
+                    seconds=heard.seconds / len(answers),
                     block_influence=1 - turned[0][i].item() if turned else None,
                     angular_distance=turned[1][i].item() if turned else None,
                 )
@@ -156,9 +153,9 @@ class _Batch:
         return rows
 
 
-def _turned(change: BlockChange | None, label: str) -> tuple[Tensor, Tensor] | None:
+def _turned(change: BlockChange, label: str) -> tuple[Tensor, Tensor] | None:
     """(B,) cosine and angle of a single block; a set of blocks has none."""
-    if change is None or not label.isdecimal():
+    if not label.isdecimal():
         return None
     return change.cosine[int(label)][0], change.angle[int(label)][0]
 

@@ -151,6 +151,20 @@ def watch_blocks(
         yield change
 
 
+@contextmanager
+def hide_keys(model: MelLLMForConditionalGeneration, unread: Tensor) -> Iterator[None]:
+    """Hide from attention in every block; `unread` (B or 1, 1, S, K) is True where hidden."""
+
+    def hide(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return args, kwargs | {"attention_mask": _hidden(kwargs.get("attention_mask"), unread)}
+
+    with ExitStack() as stack:
+        for block in decoder_blocks(model):
+            handle = block.register_forward_pre_hook(hide, with_kwargs=True, prepend=True)
+            stack.callback(handle.remove)
+        yield
+
+
 def _residuals(args: Any, kwargs: Any, output: Any) -> tuple[Tensor, Tensor]:
     """h_l and h_{l+1}; blocks return a tensor or a tuple that begins with one."""
     before = args[0] if args else kwargs["hidden_states"]
@@ -162,7 +176,7 @@ def _with_residual(output: Any, residual: Tensor) -> Any:
 
 
 def _hidden(mask: Tensor | None, unread: Tensor) -> Tensor:
-    """An attention mask that also hides what is `unread` (B, 1, S, K).
+    """An attention mask that also hides what is `unread` (B or 1, 1, S, K).
 
     mask: True where attention is allowed, or numbers added to its scores; None is causal. It may
     be wider than K: a static cache has room for positions that don't exist yet.

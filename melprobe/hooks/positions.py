@@ -7,6 +7,7 @@ included. A position is named after the token that stands there, not the one pre
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import IntEnum
 from typing import Any
 
@@ -78,6 +79,19 @@ def selected(kinds: Tensor, positions: str) -> Tensor:
     return torch.isin(kinds, chosen)
 
 
+_TOLD: ContextVar[Tensor | None] = ContextVar("kinds that a caller spelled out", default=None)
+
+
+@contextmanager
+def kinds_are(kinds: Tensor) -> Iterator[None]:
+    """Tell every tracker what stands where, (B, K), for passes whose inputs alone don't show it."""
+    token = _TOLD.set(kinds)
+    try:
+        yield
+    finally:
+        _TOLD.reset(token)
+
+
 class PositionTracker:
     """Knows the kinds of the positions that the running forward pass computes.
 
@@ -135,6 +149,12 @@ class PositionTracker:
         input_ids = args[0] if args else kwargs.get("input_ids")
         if input_ids is None:
             raise ValueError("interventions find positions in input_ids; inputs_embeds has none")
+        told = _TOLD.get()
+        if told is not None:
+            self._answer_is_marked = True
+            self._past = told.shape[1] - input_ids.shape[1]
+            self._kinds_so_far = told
+            return
         cache = kwargs.get("past_key_values")
         self._past = 0 if cache is None else int(cache.get_seq_length())
         if self._past:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import BatchFeature
 
 from melprobe.model.config import token_ids_only
 from melprobe.model.modelling import MelLLMForConditionalGeneration
@@ -50,23 +51,26 @@ def transcribe(
     waves: Sequence[np.ndarray],
     max_new_tokens: int = 64,
 ) -> list[str]:
-    """Greedy transcripts of one batch of waves (float32, mono, 16 kHz).
+    """Greedy transcripts of one batch of waves (float32, mono, 16 kHz)."""
+    inputs = processor(waves).to(model.device)
+    return processor.batch_decode(greedy_ids(model, inputs, max_new_tokens))
+
+
+@torch.no_grad()
+def greedy_ids(
+    model: MelLLMForConditionalGeneration, inputs: BatchFeature, max_new_tokens: int
+) -> Tensor:
+    """Ids (B, at most `max_new_tokens`) of greedy answers to prompts, padded behind the end token.
 
     Greedy whatever `model.generation_config` holds: of that only the token ids are used.
     """
-    inputs = processor(waves).to(model.device)
     kept = model.generation_config
     model.generation_config = token_ids_only(kept)  # `generate` fills in what isn't given from it
     try:
-        output = model.generate(
-            **inputs,
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=processor.tokenizer.pad_token_id,
-        )
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
     finally:
         model.generation_config = kept
-    return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :])
+    return output[:, inputs["input_ids"].shape[1] :]
 
 
 @torch.no_grad()
@@ -79,10 +83,15 @@ def answer_scores(
     """Score one batch of references under their audio."""
     inputs = processor(waves, list(texts)).to(model.device)
     labels = inputs["labels"]
-    logits = model(**inputs).logits.float()
     targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+    return score_tokens(model(**inputs).logits, targets)
+
+
+def score_tokens(logits: Tensor, targets: Tensor) -> AnswerScores:
+    """Scores of `targets` (B, T), -100 where there is none, each under its row of logits (N, V)."""
+    logits = logits.float()
     labelled = targets != -100
     nll = F.cross_entropy(logits, targets[labelled], reduction="none")
     row = labelled.nonzero()[:, 0]
-    total = torch.zeros(len(labels), dtype=nll.dtype, device=nll.device).index_add_(0, row, nll)
+    total = torch.zeros(len(targets), dtype=nll.dtype, device=nll.device).index_add_(0, row, nll)
     return AnswerScores(total, labelled.sum(1), logits)
