@@ -1,7 +1,9 @@
 """`python -m melprobe.ablate --skip-layers`: which blocks does listening need?
 
-Skips each decoder block in turn (or one set of blocks) at the speech positions, measures what that
-costs, and writes a report. Stopped and started again, it goes on where it was.
+Cuts each decoder block in turn (or one set of blocks) at the speech positions, measures what that
+costs, and writes a report. A block does two things for a position: it works on what stands there,
+and lets other positions read it. --skip-layers takes the first away, --knockout the second,
+--bypass-layers both. Stopped and started again, it goes on where it was.
 """
 
 import json
@@ -18,9 +20,9 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from melprobe.analysis.damage import score_skip_study
+from melprobe.analysis.damage import score_layers
 from melprobe.analysis.protocol import answer_limit, choose
-from melprobe.analysis.sweep import SkipStudy, run_skip_study, swap_partners
+from melprobe.analysis.sweep import CutName, LayerStudy, run_layer_study, swap_partners
 from melprobe.audio.load import SAMPLE_RATE, load_usable
 from melprobe.audio.patches import patch_rate
 from melprobe.corpus.manifest import Utterance, find_manifest, read_manifest
@@ -29,26 +31,34 @@ from melprobe.hooks.layers import format_layers, parse_layers
 from melprobe.hooks.positions import POSITIONS, Kind, check_positions
 from melprobe.listener import Listener, load
 from melprobe.model.checkpoint import DEFAULT, find_checkpoint, read_config, weights_file
+from melprobe.report import reading
 from melprobe.report.examples import chosen_utterances, clip_path
 from melprobe.report.html import render
 from melprobe.report.reading import EACH_BLOCK
+from melprobe.report.schema import SCHEMA
 from melprobe.store import RowStore, provenance
 from melprobe.wheels import file_sha256
 
 ENOUGH_FOR_WER = 120  # simulated: LOG.md, "Intervals"
+CUTS: dict[str, tuple[CutName, str]] = {
+    "--skip-layers": ("skip", "skip"),
+    "--knockout": ("knock-out", "knock out"),
+    "--bypass-layers": ("bypass", "bypass"),
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def parser() -> Parser:
     p = Parser(prog="python -m melprobe.ablate", description=__doc__)
-    p.add_argument(
-        "--skip-layers",
-        nargs="?",
-        const=EACH_BLOCK,
-        required=True,
-        metavar="LAYERS",
-        help="skip each block in turn, or the set given, such as 3,5-8 (counted from 0)",
-    )
+    cuts = p.add_mutually_exclusive_group(required=True)
+    for option, (_, verb) in CUTS.items():
+        cuts.add_argument(
+            option,
+            nargs="?",
+            const=EACH_BLOCK,
+            metavar="LAYERS",
+            help=f"{verb} each block in turn, or the set given, such as 3,5-8 (counted from 0)",
+        )
     p.add_argument("--positions", default="speech", help=f"one of {', '.join(POSITIONS)}")
     p.add_argument("--checkpoint", default=DEFAULT, help="name under checkpoints/, or a folder")
     p.add_argument("--data", default="builtin/test", help="manifest, or name like queen/test")
@@ -66,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     options = parser().parse_args(words)
     check_positions(options.positions)
+    cut, asked = asked_cut(options)
     checkpoint = find_checkpoint(options.checkpoint)
     out = options.out or default_out(options, checkpoint)
     check_writable(out, f"--out {out}")
@@ -73,15 +84,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = choose(read_manifest(manifest), options.limit, options.seed)
     usable, waves, left_out = load_usable(chosen, options.on_bad_audio)
     n_layers = read_config(checkpoint).text_config.num_hidden_layers
-    sets = layer_sets(options.skip_layers, n_layers)
+    sets = layer_sets(asked, n_layers)
     listener = load(checkpoint, device=options.device, dtype=DTYPES.get(options.dtype))
     if options.positions == "prompt" and not (listener.processor.before + listener.processor.after):
         raise UsageError("positions 'prompt': this checkpoint has no words around the audio")
-    study = SkipStudy(
+    study = LayerStudy(
         run=out.resolve().name,
         utterances=usable,
         waves=waves,
         partners=swap_partners(usable),
+        cut=cut,
         layer_sets=sets,
         positions=options.positions,
         max_new_tokens=answer_limit(listener, usable),
@@ -92,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "checkpoint": file_sha256(weights_file(checkpoint)),
         "data": file_sha256(manifest),
         "utterances": [u.id for u in usable],
+        "cut": cut,
         "layers": labels,
         "positions": options.positions,
         "seed": options.seed,
@@ -101,20 +114,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     with RowStore(out / "rows.sqlite", settings) as store:
         with Progress(console=Console(stderr=True)) as progress:
-            bar = progress.add_task("skipping", total=len(usable) * (2 + len(sets)))
-            run_skip_study(listener, study, store, lambda n: progress.update(bar, advance=n))
+            bar = progress.add_task(reading.CUTS[cut].ing, total=len(usable) * (2 + len(sets)))
+            run_layer_study(listener, study, store, lambda n: progress.update(bar, advance=n))
         store.export_parquet(out / "rows.parquet")
         rows = store.frame()
+    unread = unread_block(listener, options.positions) if cut == "skip" else None
     results: dict[str, Any] = {
-        "schema": 1,
+        "schema": SCHEMA,
         "run": study.run,
-        "question": {"positions": options.positions, "layers": options.skip_layers},
+        "question": {"cut": cut, "positions": options.positions, "layers": asked},
         "checkpoint": describe_checkpoint(checkpoint, listener),
         "data": describe_data(options.data, manifest, usable, waves, left_out),
         "n_utterances": len(usable),
-        **score_skip_study(
-            rows, labels, options.positions, unread_block(listener, options.positions), options.seed
-        ),
+        **score_layers(rows, cut, labels, options.positions, unread, options.seed),
         **provenance(
             seed=options.seed, command=["python -m melprobe.ablate", *map(shlex.quote, words)]
         ),
@@ -125,6 +137,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     keep_examples(out, rows, usable, waves)
     print(f"report: {render(out)}")
+
+
+def asked_cut(options: Any) -> tuple[CutName, str]:
+    """Which cut, and of which layers: argparse has seen to it that there is one."""
+    for option, (cut, _) in CUTS.items():
+        asked = getattr(options, option.removeprefix("--").replace("-", "_"))
+        if asked is not None:
+            return cut, asked
+    raise AssertionError("one of them is required")
 
 
 def layer_sets(text: str, n_layers: int) -> list[list[int]]:
@@ -145,7 +166,10 @@ def warnings(n: int) -> list[str]:
 
 
 def unread_block(listener: Listener, positions: str) -> str | None:
-    """The last block, unless an answer token is read off one of these positions."""
+    """The block whose skip costs nothing by construction: the last, whose output nobody reads.
+
+    None where an answer token is read off one of these positions.
+    """
     before_answer = Kind.PROMPT if listener.processor.after else Kind.SPEECH
     if {before_answer, Kind.ANSWER} & set(POSITIONS[positions]):
         return None
@@ -154,10 +178,12 @@ def unread_block(listener: Listener, positions: str) -> str | None:
 
 def default_out(options: Any, checkpoint: Path) -> Path:
     """A folder under reports/ that the same command finds again."""
-    layers = "" if options.skip_layers == EACH_BLOCK else f"-layers-{options.skip_layers}"
+    cut, asked = asked_cut(options)
+    layers = "" if asked == EACH_BLOCK else f"-layers-{asked}"
     data = options.data.removesuffix(".jsonl").replace("/", "-").strip("-.")
-    name = f"{checkpoint_name(checkpoint)}-{data}-skip-{options.positions}{layers}-n{options.limit}"
-    return Path("reports") / (name + (f"-seed{options.seed}" if options.seed else ""))
+    seed = f"-seed{options.seed}" if options.seed else ""
+    how = f"{cut}-{options.positions}{layers}-n{options.limit}{seed}"
+    return Path("reports") / f"{checkpoint_name(checkpoint)}-{data}-{how}"
 
 
 def checkpoint_name(folder: Path) -> str:

@@ -53,12 +53,12 @@ class Row:
 
     run: str
     condition: str
-    """intact, swapped (hears another clip) or skip"""
+    """intact, swapped (hears another clip), or a cut: skip, knock-out, bypass"""
     layer: str = ""
-    """"" for intact and swapped, else the skipped blocks: "7" or "3,5-8" """
+    """"" for intact and swapped, else the blocks that were cut: "7" or "3,5-8" """
     utterance: str
     positions: str = ""
-    """speech, text, all, or "" where nothing is skipped"""
+    """speech, text, all, or "" where nothing is cut"""
     speaker: str = ""
     nll: float
     """teacher-forced negative log-likelihood of the reference, summed, nat"""

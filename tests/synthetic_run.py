@@ -62,9 +62,9 @@ def synthetic_results(damages: Sequence[float], *, passed: bool = True) -> Resul
     last = {"delta_wer": 0.0, "zero_by_construction": True, **nothing}
     layers.append(synthetic_layer(len(damages) - 1, 0.0, rng, **last))
     return {
-        "schema": 1,
+        "schema": 2,
         "run": "synthetic",
-        "question": {"positions": "speech", "layers": "each block in turn"},
+        "question": {"cut": "skip", "positions": "speech", "layers": "each block in turn"},
         "checkpoint": {
             "name": "synthetic-smol",
             "sha256": "0" * 64,

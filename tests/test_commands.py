@@ -10,9 +10,12 @@ import pandas as pd
 import pytest
 import torch
 
+import melprobe
 from melprobe import ablate, bench
+from melprobe.analysis.protocol import answer_limit
 from melprobe.analysis.sweep import swap_partners
 from melprobe.analysis.wer import count_errors
+from melprobe.audio.load import load_utterance
 from melprobe.cache import cache_dir
 from melprobe.corpus.manifest import Utterance, read_manifest, write_manifest
 from melprobe.errors import UsageError, check_writable, run
@@ -145,8 +148,39 @@ def test_a_set_of_layers_is_one_condition(folder):
 
 
 @pytest.mark.parametrize(
+    ("option", "cut", "says"),
+    [("--knockout", "knock-out", "knocked out"), ("--bypass-layers", "bypass", "bypassed")],
+)
+def test_other_cuts_have_rows_scores_and_words_of_their_own(folder, option, cut, says):
+    run = folder / cut
+    ablate.main(arguments(folder, option, "--out", str(run)))
+    found, rows = results(run), pd.read_parquet(run / "rows.parquet")
+    assert found["question"] == {"cut": cut, "positions": "speech", "layers": "each block in turn"}
+    assert set(rows.condition) == {"intact", "swapped", cut}
+    last = found["layers"][-1]  # it is read there by what comes after
+    assert last["kl"] > 0 and not last["zero_by_construction"]
+    page = (run / "report.html").read_text()
+    assert f"each block is {says} in turn" in page and "skipped" not in page
+
+
+def test_a_study_says_what_the_model_does_under_the_same_cut(folder, sweep):
+    lm = melprobe.load(folder / "model", device="cpu", dtype=torch.float32)
+    utterances = read_manifest(folder / "data.jsonl")
+    clips, texts = [load_utterance(u) for u in utterances], [u.text for u in utterances]
+    rows = pd.read_parquet(sweep / "rows.parquet").set_index(["layer", "utterance"])
+    limit = answer_limit(lm, utterances)
+    for layer in range(N_LAYERS):
+        with lm.skip({layer}):
+            answers, scores = lm.transcribe(clips, limit), lm.score(clips, texts)
+        row = rows.loc[str(layer)].loc[[u.id for u in utterances]]
+        assert row.hypothesis.tolist() == answers
+        assert row.nll.tolist() == pytest.approx(scores.nll.tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--skip-layers", "--knockout"], "not allowed with argument"),
         (["--skip-layers", "2,9"], "layers 9: this model has blocks 0 to 3"),
         (["--skip-layers", ""], "is not a number"),
         (["--skip-layers", "--positions", "vowels"], "there are bos, prompt, speech"),
@@ -155,7 +189,7 @@ def test_a_set_of_layers_is_one_condition(folder):
         (["--skip-layers", "--limit", "-1"], "--limit -1"),
         (["--skip-layers", "--seed", "-1"], "--seed -1"),
         (["--skip-layers", "--device", "abacus"], "device 'abacus': take cpu, cuda"),
-        ([], "the following arguments are required: --skip-layers"),
+        ([], "one of the arguments --skip-layers --knockout --bypass-layers is required"),
     ],
 )
 def test_bad_input_to_ablate_is_one_line(folder, words, message):

@@ -1,4 +1,4 @@
-"""From rows to scores: gate, damage and bands of a layer-skip study. Never sees a model.
+"""From rows to scores: gate, damage and bands of a layer study. Never sees a model.
 
 Damage d = (NLL_cut − NLL_intact) / (NLL_swapped − NLL_intact): 0 nothing lost, 1 deaf. A claim
 about layers needs the listening gate: a deaf model's text prior answers for it, and makes every
@@ -19,8 +19,9 @@ DAMAGE_MARGIN = 0.05
 RESAMPLES = 5000
 
 
-def score_skip_study(
+def score_layers(
     rows: pd.DataFrame,
+    cut: str,
     labels: Sequence[str],
     positions: str,
     unread: str | None,
@@ -28,13 +29,14 @@ def score_skip_study(
 ) -> dict[str, Any]:
     """`baseline`, `gate`, `layers` and `intervals` of results.json from a study's rows.
 
-    `labels` are the layer sets as they stand in the rows. `unread` is the one whose output at the
-    study's positions nobody reads, so that its zero is no finding; None when there is none.
+    `cut` and `labels` are the kind of cut and the layer sets as they stand in the rows. `unread`
+    is the one whose output at the study's positions nobody reads, so that its zero is no finding;
+    None when there is none.
     """
     table = _Table(rows, seed)
     intact, swapped = table.condition("intact"), table.condition("swapped")
     gap = swapped.nll - intact.nll
-    cuts = [table.condition("skip", label) for label in labels]
+    cuts = [table.condition(cut, label) for label in labels]
     nll = table.bootstrap.bands(
         _columns([cut.nll - intact.nll for cut in cuts]), intact.answer_tokens
     )

@@ -1,4 +1,4 @@
-"""The layer-skip study: what each clip's transcript and likelihood become without a block.
+"""The layer study: what each clip's transcript and likelihood become when blocks are cut.
 
 Batch by batch, so that the intact model's logits (for KL) are held for one batch at a time, and
 row by row into the store, so that a study which was stopped goes on.
@@ -6,6 +6,7 @@ row by row into the store, so that a study which was stopped goes on.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,24 +19,26 @@ from melprobe.corpus.manifest import Utterance
 from melprobe.errors import UsageError
 from melprobe.hooks.cuts import BlockChange
 from melprobe.hooks.layers import format_layers
-from melprobe.hooks.replay import Heard
+from melprobe.hooks.replay import Heard, Replay
 from melprobe.listener import Listener
 from melprobe.model.inference import AnswerScores, batches_by_length
 from melprobe.store import Key, Row, RowStore
 
+CutName = Literal["skip", "knock-out", "bypass"]
 # What the text and the prompt add to a clip's patches, roughly, when batches are cut.
 _TEXT_POSITIONS = 24
 
 
 @dataclass(frozen=True, slots=True)
-class SkipStudy:
-    """What is skipped, where, and on which clips (waves are float32, mono, 16 kHz)."""
+class LayerStudy:
+    """What is cut, how and where, and on which clips (waves are float32, mono, 16 kHz)."""
 
     run: str
     utterances: Sequence[Utterance]
     waves: Sequence[np.ndarray]
     partners: Sequence[int]
     """for each clip, the one whose audio it hears when swapped"""
+    cut: CutName
     layer_sets: Sequence[Sequence[int]]
     positions: str
     max_new_tokens: int
@@ -67,8 +70,8 @@ def swap_partners(utterances: Sequence[Utterance]) -> list[int]:
     return partners
 
 
-def run_skip_study(
-    listener: Listener, study: SkipStudy, store: RowStore, advance: Callable[[int], None]
+def run_layer_study(
+    listener: Listener, study: LayerStudy, store: RowStore, advance: Callable[[int], None]
 ) -> None:
     """Fill `store` with the rows that are missing; `advance(n)` hears of each n rows done."""
     done = store.done()
@@ -79,7 +82,7 @@ def run_skip_study(
 class _Batch:
     """One batch of clips under every condition."""
 
-    def __init__(self, listener: Listener, study: SkipStudy, batch: list[int]):
+    def __init__(self, listener: Listener, study: LayerStudy, batch: list[int]):
         self.listener = listener
         self.study = study
         self.utterances = [study.utterances[i] for i in batch]
@@ -89,7 +92,7 @@ class _Batch:
 
     def fill(self, store: RowStore, done: set[Key], advance: Callable[[int], None]) -> None:
         conditions = [("intact", ""), ("swapped", "")]
-        conditions += [("skip", format_layers(layers)) for layers in self.study.layer_sets]
+        conditions += [(self.study.cut, format_layers(layers)) for layers in self.study.layer_sets]
         missing = [
             condition
             for condition in conditions
@@ -108,13 +111,25 @@ class _Batch:
             elif condition == "swapped":
                 heard = self.listener.replay(self.swapped_waves, self.texts, limit).intact
             else:
-                with self.listener.skip(sets[label], self.study.positions):
-                    # A skip changes what its block hands on, but not what that computes.
-                    heard = replay.hear(reuse=min(sets[label]) + 1)
+                heard = self._cut(replay, sets[label])
             kl = _kl_per_clip(replay.intact.scores, heard.scores)
             rows = self._rows(condition, label, heard, kl, _turned(change, label))
             store.add(rows)
             advance(len(rows))
+
+    def _cut(self, replay: Replay, layers: Sequence[int]) -> Heard:
+        study, listener = self.study, self.listener
+        match study.cut:
+            case "skip":
+                # It changes what the block hands on, but not what the block computes.
+                with listener.skip(layers, study.positions):
+                    return replay.hear(reuse=min(layers) + 1)
+            case "knock-out":
+                with listener.knock_out(layers, study.positions):
+                    return replay.hear(reuse=min(layers))
+            case "bypass":
+                with listener.bypass(layers, study.positions):
+                    return replay.hear(reuse=min(layers))
 
     def _rows(
         self,

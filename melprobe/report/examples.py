@@ -72,12 +72,12 @@ def clip_path(run_dir: Path, utterance: str) -> Path:
 
 
 def examples(run_dir: Path, results: Results, rows: pd.DataFrame) -> list[Example]:
-    """The chosen utterances: intact, swapped, the three worst skips and the mildest that counts."""
+    """The chosen utterances: intact, swapped, the three worst cuts and the mildest that counts."""
     conditions = [("intact", ""), ("swapped", "")]
     if results["gate"]["passed"]:
         ordered = reading.by_damage([x for x in results["layers"] if not x["zero_by_construction"]])
         shown = ordered[:3] + ordered[3:][-1:]
-        conditions += [("skip", str(layer["layer"])) for layer in shown]
+        conditions += [(results["question"]["cut"], str(layer["layer"])) for layer in shown]
     table = rows.set_index(["utterance", "condition", "layer"]).sort_index()
     found, room = [], MOST_AUDIO_BYTES
     for utterance in chosen_utterances(rows):
@@ -105,7 +105,9 @@ def _transcript(row: pd.Series, condition: str, layer: str) -> Transcript:
             shown.append(run._replace(text=" ".join(words[:room])))
         room -= len(words)
     return Transcript(
-        label=f"skip {reading.label_text(layer)}" if layer else LABELS[condition],
+        label=f"{reading.CUTS[condition].verb} {reading.label_text(layer)}"
+        if layer
+        else LABELS[condition],
         runs=shown,
         hidden_words=max(0, -room),
         errors=int(row.substitutions + row.deletions + row.insertions),

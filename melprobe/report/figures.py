@@ -61,7 +61,7 @@ def damage(results: Results, figure: Figure, narrow: bool) -> None:
     ax = figure.subplots()
     ax.set_title("damage d")
     ax.grid(axis="y")
-    xs = _block_axis(ax, layers, narrow)
+    xs = _block_axis(ax, results, narrow)
     low, high = _damage_scale(ax, layers, margin)
     _zone(ax, low, margin)
     ax.axhline(1, **DASHED, zorder=1)
@@ -81,7 +81,7 @@ def errors(results: Results, figure: Figure, narrow: bool) -> None:
     top, bottom = figure.subplots(2, 1, height_ratios=[1, 1.1])
     top.set_title("change in word error rate, percentage points")
     top.grid(axis="y")
-    xs = _block_axis(top, layers, narrow)
+    xs = _block_axis(top, results, narrow)
     top.set_xlabel("")
     bands = [_times(100, x["delta_wer_ci"]) for x in layers]
     changes = [100 * x["delta_wer"] for x in layers]
@@ -92,7 +92,7 @@ def errors(results: Results, figure: Figure, narrow: bool) -> None:
     _marks(top, xs, changes, bands, results)
     bottom.set_title("errors per 100 reference words")
     bottom.grid(axis="y")
-    _block_axis(bottom, layers, narrow)
+    _block_axis(bottom, results, narrow)
     for x, layer in zip(xs, layers, strict=True):
         _stack(bottom, x, layer, baseline["reference_words"], flat=False)
         if 100 * layer["wer"] > HIGHEST_BAR:
@@ -164,8 +164,8 @@ def scale(results: Results, figure: Figure, narrow: bool) -> None:
     _stack(bottom, 1, layer, baseline["reference_words"], flat=True)
     deaf = 100 * results["gate"]["wer_swapped"]
     bottom.barh(2, deaf, 0.56, facecolor="none", edgecolor=COLOURS["muted"], linewidth=1)
-    skipped = reading.label_text(layer["layer"])
-    bottom.set_yticks([0, 1, 2], ["intact", f"skip {skipped}", "other clip"])
+    changed = f"{reading.cut(results).verb} {reading.label_text(layer['layer'])}"
+    bottom.set_yticks([0, 1, 2], ["intact", changed, "other clip"])
     bottom.invert_yaxis()
     bottom.spines["left"].set_visible(False)
     bottom.tick_params(axis="y", length=0, labelcolor=COLOURS["ink"])
@@ -175,11 +175,11 @@ def scale(results: Results, figure: Figure, narrow: bool) -> None:
 PAINTERS = {"damage": damage, "errors": errors, "similarity": similarity, "scale": scale}
 
 
-def _block_axis(ax: Axes, layers: Sequence[Layer], narrow: bool) -> list[int]:
-    xs = [int(layer["layer"]) for layer in layers]
+def _block_axis(ax: Axes, results: Results, narrow: bool) -> list[int]:
+    xs = [int(layer["layer"]) for layer in results["layers"]]
     ax.set_xticks(xs[:: 5 if len(xs) > (12 if narrow else 36) else 1])
     ax.set_xlim(xs[0] - 0.8, xs[-1] + 0.8)
-    ax.set_xlabel("skipped block")
+    ax.set_xlabel(f"{reading.cut(results).done} block")
     return xs
 
 

@@ -54,6 +54,7 @@ def render(run_dir: Path) -> Path:
         gate_nat=GATE_NAT,
         gate_wer=GATE_WER,
         words=words,
+        cut=reading.cut(results),
         outcomes=[reading.outcome(x, results["margin"]["damage"]) for x in results["layers"]],
         drawings=drawings(results),
         examples=examples(run_dir, results, rows),

@@ -5,7 +5,7 @@ with the margin that was fixed beforehand; nothing is said of blocks when the ga
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from melprobe.report.schema import Interval, Layer, Results
 
@@ -17,6 +17,25 @@ OUTCOMES: dict[Outcome, str] = {
     "built-in": "zero by construction",
 }
 EACH_BLOCK = "each block in turn"
+
+
+class Cut(NamedTuple):
+    """What is done to a block at some positions; see `melprobe.hooks.cuts`."""
+
+    verb: str
+    ing: str
+    done: str
+
+
+CUTS = {
+    "skip": Cut("skip", "skipping", "skipped"),
+    "knock-out": Cut("knock out", "knocking out", "knocked out"),
+    "bypass": Cut("bypass", "bypassing", "bypassed"),
+}
+
+
+def cut(results: Results) -> Cut:
+    return CUTS[results["question"]["cut"]]
 
 
 def outcome(layer: Layer, margin: float) -> Outcome:
@@ -54,9 +73,9 @@ def headline(results: Results) -> str:
             f"error rate on swapped audio is {percent(gate['wer_swapped'])})."
         )
     if not results["layers"]:
-        return "No block was skipped, so there is nothing to say of layers yet."
+        return f"No block was {cut(results).done}, so there is nothing to say of layers yet."
     if not is_sweep(results):
-        return _set_headline(results["layers"][0], where, margin)
+        return _set_headline(results["layers"][0], cut(results), where, margin)
     groups: dict[Outcome, list[Layer]] = {kind: [] for kind in OUTCOMES}
     for layer in by_damage(results["layers"]):
         groups[outcome(layer, margin)].append(layer)
@@ -69,7 +88,8 @@ def headline(results: Results) -> str:
             f"every band reaches across the margin {equals(margin)}"
         ]
     else:
-        parts = _costly(groups["costly"], where, margin) + _rest(groups, where, margin)
+        parts = _costly(groups["costly"], where, margin)
+        parts += _rest(groups, cut(results), where, margin)
     if groups["built-in"]:
         verb = "cost" if len(groups["built-in"]) > 1 else "costs"
         parts.append(
@@ -78,8 +98,8 @@ def headline(results: Results) -> str:
     return "; ".join(parts) + "."
 
 
-def _set_headline(layer: Layer, where: str, margin: float) -> str:
-    skipped = f"Skipping {names([layer])} {where}"
+def _set_headline(layer: Layer, how: Cut, where: str, margin: float) -> str:
+    skipped = f"{how.ing.capitalize()} {names([layer])} {where}"
     if layer["zero_by_construction"]:
         return f"{skipped} costs nothing by construction, which is no finding."
     if layer["damage_ci"] is None:
@@ -111,18 +131,18 @@ def _costly(costly: Sequence[Layer], where: str, margin: float) -> list[str]:
     return [f"{where.capitalize()} {names(top, ordered=True)} {verb} most ({scale})"]
 
 
-def _rest(groups: dict[Outcome, list[Layer]], where: str, margin: float) -> list[str]:
+def _rest(groups: dict[Outcome, list[Layer]], how: Cut, where: str, margin: float) -> list[str]:
     spare, undecided, parts = groups["spare"], groups["open"], []
     if spare:
         below = f"costs less than {equals(margin)}, whole band included"
         if groups["costly"]:
             each = "each of " if len(spare) > 1 else ""
-            parts.append(f"{each}{names(spare)}, skipped alone, {below}")
+            parts.append(f"{each}{names(spare)}, {how.done} alone, {below}")
         elif undecided:
-            parts.append(f"{where.capitalize()} skipping any one of {names(spare)} {below}")
+            parts.append(f"{where.capitalize()} {how.ing} any one of {names(spare)} {below}")
         else:
             parts.append(
-                f"No single block is needed {where}: skipping any one of {names(spare)} {below}"
+                f"No single block is needed {where}: {how.ing} any one of {names(spare)} {below}"
             )
     if undecided:
         verb = "stay" if len(undecided) > 1 else "stays"

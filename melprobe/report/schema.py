@@ -1,4 +1,4 @@
-"""The shape of `results.json`, version 1, and its loader.
+"""The shape of `results.json`, version 2, and its loader.
 
 Rates (WER) are fractions, not percent; nll, gaps and kl are nat per answer token; `*_ci` and
 `*_gap_ci` are [low, high]. `None` stands where a score has no meaning for that row, or where so few
@@ -6,6 +6,7 @@ clips set an interval no limits.
 """
 
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 from pydantic import FiniteFloat, TypeAdapter, ValidationError
@@ -13,11 +14,12 @@ from typing_extensions import TypedDict
 
 from melprobe.errors import UsageError
 
-SCHEMA = 1
+SCHEMA = 2
 Interval = tuple[FiniteFloat, FiniteFloat]
 
 
 class Question(TypedDict):
+    cut: Literal["skip", "knock-out", "bypass"]
     positions: str
     """speech, text, prompt, answer, bos or all"""
     layers: str

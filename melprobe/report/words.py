@@ -19,9 +19,18 @@ class Caption(NamedTuple):
 def title(results: Results) -> str:
     if reading.is_sweep(results):
         return "Which layers listen?"
-    return f"Can {names(results['layers'])} be skipped?"
+    return f"Can {names(results['layers'])} be {reading.cut(results).done}?"
 
 
+EFFECTS = {
+    "skip": "what stands there passes by unchanged, can still be read from elsewhere, and stays "
+    "skipped in every step of the answer. If the transcript suffers, what was skipped was needed.",
+    "knock-out": "what stands there is worked on as ever, but nothing that stands elsewhere reads "
+    "it there, in any step of the answer. If the transcript suffers, reading there was needed.",
+    "bypass": "what stands there passes by unchanged, and nothing that stands elsewhere reads it "
+    "there, in any step of the answer. If the transcript suffers, the block was needed, to work on "
+    "what stands there or to read it.",
+}
 PLACES = {
     "speech": "at the positions that hold sound, and there only",
     "text": "at the positions that hold text, prompt and answer, and there only",
@@ -34,16 +43,16 @@ PLACES = {
 
 def question(results: Results) -> str:
     """What was asked, for somebody who has not read the design."""
-    checkpoint, what = results["checkpoint"], "each block is skipped in turn"
+    checkpoint, done = results["checkpoint"], reading.cut(results).done
+    what = f"each block is {done} in turn"
     if not reading.is_sweep(results):
         who = names(results["layers"])
-        what = f"{who} are skipped together" if who.startswith("blocks") else f"{who} is skipped"
+        what = f"{who} are {done} together" if who.startswith("blocks") else f"{who} is {done}"
     return (
         f"{checkpoint['name']} reads {checkpoint['token_rate_hz']:g} patches of log-mel "
         f"spectrogram a second with the {checkpoint['n_layers']} blocks of a language model. "
-        f"Here {what} {PLACES[results['question']['positions']]}: what stands there passes by "
-        "unchanged, can still be read from elsewhere, and stays skipped in every step of the "
-        "answer. If the transcript suffers, what was skipped was needed."
+        f"Here {what} {PLACES[results['question']['positions']]}: "
+        f"{EFFECTS[results['question']['cut']]}"
     )
 
 
@@ -56,17 +65,18 @@ def sample(results: Results) -> str:
 
 def damage(results: Results) -> Caption:
     layers, margin = results["layers"], results["margin"]["damage"]
+    ing = reading.cut(results).ing
     top = ", ".join(
         f"block {layer['layer']} {number(layer['damage'])}"
         for layer in reading.by_damage(layers)[:3]
     )
     return Caption(
         "What each block is worth",
-        f"Normalised damage d of skipping one block {place(results)}: 0 is the intact model, 1 a "
+        f"Normalised damage d of {ing} one block {place(results)}: 0 is the intact model, 1 a "
         f"model that hears another clip instead. Below {margin:g}, the shaded margin, the scale is "
         "linear, above it logarithmic. Lines are simultaneous 95 % bands over all blocks "
         f"(n = {sample(results)}).{_built_in(results)}",
-        f"Damage of skipping each of {len(layers)} blocks, with bands. Largest: {top}. "
+        f"Damage of {ing} each of {len(layers)} blocks, with bands. Largest: {top}. "
         f"{reading.headline(results)}",
     )
 
@@ -82,7 +92,8 @@ def errors(results: Results) -> Caption:
         "shapes as in figure 1. Below: what the errors are. Many insertions mean that the answer "
         "ran in a loop "
         f"(n = {sample(results)}, {baseline['reference_words']} reference words).",
-        f"Change in word error rate and kinds of errors for each skipped block. Highest word error "
+        "Change in word error rate and kinds of errors for each "
+        f"{reading.cut(results).done} block. Highest word error "
         f"rate: {percent(worst['wer'])} without block {worst['layer']}; intact model "
         f"{percent(baseline['wer'])}.",
     )
@@ -92,7 +103,7 @@ def similarity(results: Results) -> Caption:
     least = min(results["layers"], key=lambda layer: layer["block_influence"] or 0.0)
     return Caption(
         "Would similarity have told?",
-        "Two scores that need no skipping, each against the measured damage: block influence "
+        "Two scores that need no cutting, each against the measured damage: block influence "
         "(1 − the mean cosine between what enters and what leaves the block) and angular distance "
         f"(the same angle in half turns), both {place(results)} of the intact model. Only the "
         "measured damage is evidence. The four most damaging blocks are numbered "
@@ -105,16 +116,16 @@ def similarity(results: Results) -> Caption:
 
 def scale(results: Results) -> Caption:
     layer, baseline = results["layers"][0], results["baseline"]
-    who = names([layer])
+    who, cut = names([layer]), reading.cut(results)
     return Caption(
         "Between intact and deaf",
-        f"Above: normalised damage d of skipping {who} {place(results)}, with its 95 % interval; "
+        f"Above: normalised damage d of {cut.ing} {who} {place(results)}, with its 95 % interval; "
         f"the margin of {results['margin']['damage']:g} is shaded. Below: what the errors are, "
         "beside the total when the model hears another clip (outlined) "
         f"(n = {sample(results)}, {baseline['reference_words']} reference words).",
-        f"Damage of skipping {who}: {number(layer['damage'])} {interval(layer['damage_ci'])} "
+        f"Damage of {cut.ing} {who}: {number(layer['damage'])} {interval(layer['damage_ci'])} "
         f"between intact, 0, and deaf, 1. Word error rate {percent(baseline['wer'])} intact, "
-        f"{percent(layer['wer'])} ({points(layer['delta_wer'])} points) with the skip, "
+        f"{percent(layer['wer'])} ({points(layer['delta_wer'])} points) with {who} {cut.done}, "
         f"{percent(results['gate']['wer_swapped'])} on swapped audio.",
     )
 
