@@ -28,7 +28,7 @@ from melprobe.audio.patches import patch_rate
 from melprobe.corpus.manifest import Utterance, find_manifest, read_manifest
 from melprobe.errors import Parser, UsageError, check_writable, run
 from melprobe.hooks.layers import format_layers, parse_layers
-from melprobe.hooks.positions import POSITIONS, Kind, check_positions
+from melprobe.hooks.positions import POSITIONS, Kind, parse_positions
 from melprobe.listener import Listener, load
 from melprobe.model.checkpoint import DEFAULT, find_checkpoint, read_config, weights_file
 from melprobe.report import reading
@@ -59,7 +59,11 @@ def parser() -> Parser:
             metavar="LAYERS",
             help=f"{verb} each block in turn, or the set given, such as 3,5-8 (counted from 0)",
         )
-    p.add_argument("--positions", default="speech", help=f"one of {', '.join(POSITIONS)}")
+    p.add_argument(
+        "--positions",
+        default="speech",
+        help=f"one of {', '.join(POSITIONS)}, or seconds of speech: speech:0.5-1.2",
+    )
     p.add_argument("--checkpoint", default=DEFAULT, help="name under checkpoints/, or a folder")
     p.add_argument("--data", default="builtin/test", help="manifest, or name like queen/test")
     p.add_argument("--limit", type=int, default=30, help="number of utterances (0: all)")
@@ -75,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the study and render its report."""
     words = list(sys.argv[1:] if argv is None else argv)
     options = parser().parse_args(words)
-    check_positions(options.positions)
+    seconds = parse_positions(options.positions).seconds
     cut, asked = asked_cut(options)
     checkpoint = find_checkpoint(options.checkpoint)
     out = options.out or default_out(options, checkpoint)
@@ -83,6 +87,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     manifest = find_manifest(options.data)
     chosen = choose(read_manifest(manifest), options.limit, options.seed)
     usable, waves, left_out = load_usable(chosen, options.on_bad_audio)
+    longest = max(map(len, waves)) / SAMPLE_RATE
+    if seconds and seconds[0] >= longest:
+        raise UsageError(f"positions {options.positions!r}: the longest clip lasts {longest:.2f} s")
     n_layers = read_config(checkpoint).text_config.num_hidden_layers
     sets = layer_sets(asked, n_layers)
     listener = load(checkpoint, device=options.device, dtype=DTYPES.get(options.dtype))
@@ -171,7 +178,7 @@ def unread_block(listener: Listener, positions: str) -> str | None:
     None where an answer token is read off one of these positions.
     """
     before_answer = Kind.PROMPT if listener.processor.after else Kind.SPEECH
-    if {before_answer, Kind.ANSWER} & set(POSITIONS[positions]):
+    if {before_answer, Kind.ANSWER} & set(parse_positions(positions).kinds):
         return None
     return str(listener.n_layers - 1)
 
@@ -182,7 +189,7 @@ def default_out(options: Any, checkpoint: Path) -> Path:
     layers = "" if asked == EACH_BLOCK else f"-layers-{asked}"
     data = options.data.removesuffix(".jsonl").replace("/", "-").strip("-.")
     seed = f"-seed{options.seed}" if options.seed else ""
-    how = f"{cut}-{options.positions}{layers}-n{options.limit}{seed}"
+    how = f"{cut}-{options.positions.replace(':', '-')}{layers}-n{options.limit}{seed}"
     return Path("reports") / f"{checkpoint_name(checkpoint)}-{data}-{how}"
 
 

@@ -184,6 +184,8 @@ def test_a_study_says_what_the_model_does_under_the_same_cut(folder, sweep):
         (["--skip-layers", "2,9"], "layers 9: this model has blocks 0 to 3"),
         (["--skip-layers", ""], "is not a number"),
         (["--skip-layers", "--positions", "vowels"], "there are bos, prompt, speech"),
+        (["--skip-layers", "--positions", "speech:2-1"], "give seconds from and to"),
+        (["--skip-layers", "--positions", "speech:60-70"], "the longest clip lasts"),
         (["--skip-layers", "--checkpoint", "mel-maxi"], "no checkpoint 'mel-maxi'; there is"),
         (["--skip-layers", "--data", "nowhere/test"], "nowhere/test"),
         (["--skip-layers", "--limit", "-1"], "--limit -1"),

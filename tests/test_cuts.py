@@ -35,7 +35,7 @@ def cut_by_hand(lm, inputs, layer, positions, *, process, read):
     kinds = position_kinds(
         inputs["input_ids"], lm.processor.audio_token_id, inputs["attention_mask"], inputs["labels"]
     )
-    cut = selected(kinds, positions)
+    cut = selected(kinds, positions, 8)
     rows, width = cut.shape
     allowed = torch.zeros(rows, 1, width, width, dtype=torch.bool)
     for row in range(rows):
@@ -157,3 +157,34 @@ def test_exceptions_restore_the_model(lm):
         raise KeyError
     for block in decoder_blocks(lm.model):
         assert not block._forward_hooks and not block._forward_pre_hooks
+
+
+def test_times_choose_the_patches_that_sound_then(lm, clips):
+    inputs = lm.processor(clips)
+    kinds = position_kinds(
+        inputs["input_ids"], lm.processor.audio_token_id, inputs["attention_mask"]
+    )
+    speech, early, late = (
+        selected(kinds, positions, 8)
+        for positions in ("speech", "speech:0-0.4", "speech:0.4-1000000")
+    )
+    assert torch.equal(early | late, speech) and not (early & late).any()
+    # Patches last 80 ms and the first begins at 7.5 ms, so that the fifth's middle is at 367.5.
+    assert early.sum(1).tolist() == [5, 5, 5]
+    for row in range(3):
+        assert late[row].nonzero().min() > early[row].nonzero().max()
+    whole, apart = lm.score(clips, TEXTS).logits, []
+    with lm.skip({1}, "speech:0-0.4"), lm.skip({1}, "speech:0.4-9"):
+        apart = lm.score(clips, TEXTS).logits
+    with lm.skip({1}, "speech:0-0.4"):
+        assert not torch.equal(lm.score(clips, TEXTS).logits, whole)
+    with lm.skip({1}, "speech"):
+        assert torch.equal(lm.score(clips, TEXTS).logits, apart)
+
+
+@pytest.mark.parametrize(
+    "positions", ["vowels", "text:0-1", "speech:", "speech:1-0", "speech:a-b", "speech:0-inf"]
+)
+def test_positions_that_make_no_sense_are_refused(lm, positions):
+    with pytest.raises(UsageError, match="positions '"):
+        lm.skip({1}, positions).__enter__()

@@ -54,7 +54,7 @@ def test_a_skip_changes_the_positions_of_its_kind_and_no_others(lm, clips, posit
     kinds = position_kinds(
         inputs["input_ids"], lm.processor.audio_token_id, inputs["attention_mask"], inputs["labels"]
     )
-    where, plain = selected(kinds, positions), logits(lm, clips)
+    where, plain = selected(kinds, positions, 8), logits(lm, clips)
     before, after = first_block(lm, inputs)
     with lm.skip({0}, positions):
         skipped = first_block(lm, inputs)
@@ -166,7 +166,7 @@ def test_a_skipped_position_is_still_read_through_its_unchanged_input(lm, clips)
     kinds = position_kinds(
         inputs["input_ids"], lm.processor.audio_token_id, inputs["attention_mask"], inputs["labels"]
     )
-    speech = selected(kinds, "speech")[..., None]
+    speech = selected(kinds, "speech", 8)[..., None]
     grabbed = {}
 
     def grab(module, args, kwargs):
@@ -192,7 +192,7 @@ def test_skip_equals_nnsights_to_zero(lm, clips):
     kinds = position_kinds(
         inputs["input_ids"], lm.processor.audio_token_id, inputs["attention_mask"], inputs["labels"]
     )
-    speech = selected(kinds, "speech")[..., None]
+    speech = selected(kinds, "speech", 8)[..., None]
     other = nnsight.NNsight(copy.deepcopy(lm.model))
     with other.trace(**inputs):
         block = other.language_model.model.layers[1]
@@ -212,7 +212,7 @@ def test_skip_equals_transformer_lens(lm, clips):
     kinds = position_kinds(
         inputs["input_ids"], lm.processor.audio_token_id, inputs["attention_mask"], inputs["labels"]
     )
-    speech = selected(kinds, "speech")[..., None]
+    speech = selected(kinds, "speech", 8)[..., None]
     other = copy.deepcopy(lm.model)
     bridge = build_bridge_from_module(
         other.language_model,

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from melprobe.errors import UsageError
 from melprobe.hooks.layers import check_layers, decoder_blocks
-from melprobe.hooks.positions import PositionTracker, check_positions
+from melprobe.hooks.positions import PositionTracker, parse_positions
 from melprobe.model.modelling import MelLLMForConditionalGeneration
 
 # Attention that takes a mask with a row for each query; flash attention does not.
@@ -70,7 +70,7 @@ def cut(
     """
     blocks = decoder_blocks(model)
     chosen = check_layers(layers, len(blocks))
-    check_positions(positions)
+    parse_positions(positions)
     decoder: Any = model.get_decoder()
     attention = decoder.config._attn_implementation
     if not read and attention not in _MASKED_ATTENTION:
@@ -90,7 +90,7 @@ def cut(
         return args, kwargs | {"attention_mask": _hidden(kwargs.get("attention_mask"), unread)}
 
     with ExitStack() as stack:
-        tracker = stack.enter_context(PositionTracker(model.config.audio_token_id).watching(model))
+        tracker = stack.enter_context(PositionTracker.watching(model))
         for layer in chosen:
             if not process:
                 handle = blocks[layer].register_forward_hook(
@@ -129,7 +129,7 @@ def watch_blocks(
     Clips with no such position give NaN.
     """
     blocks = decoder_blocks(model)
-    check_positions(positions)
+    parse_positions(positions)
     change = BlockChange(len(blocks))
 
     def measure(layer: int) -> Any:
@@ -144,7 +144,7 @@ def watch_blocks(
         return hook
 
     with ExitStack() as stack:
-        tracker = stack.enter_context(PositionTracker(model.config.audio_token_id).watching(model))
+        tracker = stack.enter_context(PositionTracker.watching(model))
         for layer, block in enumerate(blocks):
             handle = block.register_forward_hook(measure(layer), with_kwargs=True)
             stack.callback(handle.remove)

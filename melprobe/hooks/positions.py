@@ -2,18 +2,22 @@
 
 Kinds: `bos` (the first token: the attention sink), `prompt` (the words around the audio), `speech`
 (patches), `answer` (what the model writes). `text` is prompt and answer; `all` is everything, BOS
-included. A position is named after the token that stands there, not the one predicted from it.
+included. `speech:0.5-1.2` is those patches whose middle sounds from 0.5 s on and before 1.2 s.
+A position is named after the token that stands there, not the one predicted from it.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from melprobe.audio.patches import patch_span
 from melprobe.errors import UsageError
 from melprobe.model.modelling import MelLLMForConditionalGeneration
 
@@ -38,11 +42,34 @@ POSITIONS: dict[str, tuple[Kind, ...]] = {
 }
 
 
-def check_positions(positions: str) -> str:
-    """The name itself, or UsageError that lists the names there are."""
-    if positions not in POSITIONS:
-        raise UsageError(f"positions {positions!r}: there are {', '.join(POSITIONS)}")
-    return positions
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which positions are meant."""
+
+    kinds: tuple[Kind, ...]
+    seconds: tuple[float, float] | None = None
+    """Of speech, only what sounds from the first on and before the second."""
+
+
+def parse_positions(positions: str) -> Selection:
+    """`speech`, `text`, ..., or `speech:0.5-1.2`; UsageError that lists what there is."""
+    name, colon, times = positions.partition(":")
+    if name not in POSITIONS or (colon and name != "speech"):
+        raise UsageError(
+            f"positions {positions!r}: there are {', '.join(POSITIONS)}, and times of speech such "
+            "as speech:0.5-1.2"
+        )
+    if not colon:
+        return Selection(POSITIONS[name])
+    try:
+        start, end = map(float, times.split("-"))
+    except ValueError:
+        start = end = 0.0
+    if not 0 <= start < end < math.inf:
+        raise UsageError(
+            f"positions {positions!r}: give seconds from and to, such as speech:0.5-1.2"
+        )
+    return Selection(POSITIONS[name], (start, end))
 
 
 def position_kinds(
@@ -73,10 +100,17 @@ def position_kinds(
     return kinds.masked_fill(~present, Kind.PADDING)
 
 
-def selected(kinds: Tensor, positions: str) -> Tensor:
-    """(B, S) bool: the positions of these kinds."""
-    chosen = torch.tensor(POSITIONS[check_positions(positions)], device=kinds.device)
-    return torch.isin(kinds, chosen)
+def selected(kinds: Tensor, positions: str, frames_per_patch: int) -> Tensor:
+    """(B, S) bool: the positions that are meant, of the kinds (B, S) of whole sequences."""
+    selection = parse_positions(positions)
+    chosen = torch.isin(kinds, torch.tensor(selection.kinds, device=kinds.device))
+    if selection.seconds is None:
+        return chosen
+    first, end = patch_span(0, frames_per_patch)
+    patches = (kinds == Kind.SPEECH).cumsum(1) - 1
+    middle = (first + end) / 2 + patches * (end - first)
+    start, stop = selection.seconds
+    return chosen & (start <= middle) & (middle < stop)
 
 
 _TOLD: ContextVar[Tensor | None] = ContextVar("kinds that a caller spelled out", default=None)
@@ -100,8 +134,9 @@ class PositionTracker:
     and again, and nothing in it tells the answer from the prompt.
     """
 
-    def __init__(self, audio_token_id: int):
-        self.audio_token_id = audio_token_id
+    def __init__(self, model: MelLLMForConditionalGeneration):
+        self.audio_token_id = model.config.audio_token_id
+        self.frames_per_patch = model.config.frames_per_patch
         self._kinds_so_far: Tensor | None = None
         self._past = 0
         self._answer_is_marked = True
@@ -127,17 +162,19 @@ class PositionTracker:
 
     def selected_so_far(self, positions: str) -> Tensor:
         """(B, K) bool: likewise, and among the positions in the cache."""
-        chosen = POSITIONS[check_positions(positions)]
+        chosen = parse_positions(positions).kinds
         if not self._answer_is_marked and (Kind.PROMPT in chosen) != (Kind.ANSWER in chosen):
             raise ValueError(
                 f"positions {positions!r}: without a cache, prompt and answer can't be told apart; "
                 "drop use_cache=False, give labels, or take positions 'text'"
             )
-        return selected(self.kinds_so_far, positions)
+        return selected(self.kinds_so_far, positions, self.frames_per_patch)
 
+    @classmethod
     @contextmanager
-    def watching(self, model: MelLLMForConditionalGeneration) -> Iterator["PositionTracker"]:
+    def watching(cls, model: MelLLMForConditionalGeneration) -> Iterator["PositionTracker"]:
         """Follow the forward passes of `model` while the block lasts."""
+        self = cls(model)
         handle = model.register_forward_pre_hook(self._note, with_kwargs=True, prepend=True)
         try:
             yield self

@@ -152,7 +152,8 @@ def _rest(groups: dict[Outcome, list[Layer]], how: Cut, where: str, margin: floa
 
 def place(results: Results) -> str:
     """ "at speech positions" """
-    return f"at {results['question']['positions']} positions"
+    name, _, times = results["question"]["positions"].partition(":")
+    return f"at {name} positions" + (f" from {times.replace('-', ' to ')} s" if times else "")
 
 
 def names(layers: Sequence[Layer], *, ordered: bool = False) -> str:

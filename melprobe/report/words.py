@@ -32,7 +32,7 @@ EFFECTS = {
     "what stands there or to read it.",
 }
 PLACES = {
-    "speech": "at the positions that hold sound, and there only",
+    "speech": "at the positions that hold sound{}, and there only",
     "text": "at the positions that hold text, prompt and answer, and there only",
     "prompt": "at the positions of the prompt, and there only",
     "answer": "at the positions of the answer, and there only",
@@ -44,6 +44,8 @@ PLACES = {
 def question(results: Results) -> str:
     """What was asked, for somebody who has not read the design."""
     checkpoint, done = results["checkpoint"], reading.cut(results).done
+    name, _, times = results["question"]["positions"].partition(":")
+    when = f" from {times.replace('-', ' to ')} s" if times else ""
     what = f"each block is {done} in turn"
     if not reading.is_sweep(results):
         who = names(results["layers"])
@@ -51,7 +53,7 @@ def question(results: Results) -> str:
     return (
         f"{checkpoint['name']} reads {checkpoint['token_rate_hz']:g} patches of log-mel "
         f"spectrogram a second with the {checkpoint['n_layers']} blocks of a language model. "
-        f"Here {what} {PLACES[results['question']['positions']]}: "
+        f"Here {what} {PLACES[name].format(when)}: "
         f"{EFFECTS[results['question']['cut']]}"
     )
 
