@@ -1,0 +1,155 @@
+"""Ablating parts of decoder blocks: attention, the MLP, or single heads.
+
+A part adds its contribution to the residual. At the chosen positions that contribution is replaced:
+by zero, or by a value such as the part's mean over other clips (`watch_means`), which keeps what it
+adds to every clip alike and takes away what it says about this one.
+
+A head's contribution is taken before the output projection, so it is of the head's own width.
+Shapes: B batch, S sequence positions, D the width of a part's contribution.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from melprobe.errors import UsageError
+from melprobe.hooks.layers import check_layers, decoder_blocks
+from melprobe.hooks.positions import PositionTracker, parse_positions
+from melprobe.model.modelling import MelLLMForConditionalGeneration
+
+PartName = Literal["attention", "mlp", "head"]
+
+
+class Part(NamedTuple):
+    """`attention` or `mlp` of a block, or one `head` of its attention; counted from 0."""
+
+    layer: int
+    name: PartName
+    head: int | None = None
+
+
+def parts_of(
+    model: MelLLMForConditionalGeneration, name: PartName, layers: Iterable[int] | None = None
+) -> list[Part]:
+    """All parts of that name in these blocks (in all of them when not given)."""
+    blocks = decoder_blocks(model)
+    chosen = check_layers(range(len(blocks)) if layers is None else layers, len(blocks))
+    if name == "head":
+        return [Part(layer, name, head) for layer in chosen for head in range(_n_heads(model))]
+    return [Part(layer, name) for layer in chosen]
+
+
+@contextmanager
+def ablate(
+    model: MelLLMForConditionalGeneration,
+    parts: Iterable[Part],
+    positions: str = "speech",
+    values: Mapping[Part, Tensor] | None = None,
+) -> Iterator[None]:
+    """Replace what these parts contribute at these positions inside a `with`; restored on exit.
+
+    values: (D,) for each part, zero for those that aren't there. Contexts nest. Raises UsageError
+    for a part or positions that the model doesn't have.
+    """
+    parse_positions(positions)
+    chosen = _check(model, parts)
+
+    def replace(part: Part, contribution: Tensor) -> Tensor:
+        value = contribution.new_zeros(()) if values is None else values.get(part, torch.zeros(()))
+        where = tracker.selected(positions)[..., None]
+        return torch.where(where, value.to(contribution), contribution)
+
+    with ExitStack() as stack:
+        tracker = stack.enter_context(PositionTracker.watching(model))
+        for part in chosen:
+            stack.enter_context(_changing(model, part, replace))
+        yield
+
+
+class Means:
+    """Mean contributions (D,) over all chosen positions of all passes that were watched."""
+
+    def __init__(self) -> None:
+        self._sums: dict[Part, Tensor] = {}
+        self._counts: dict[Part, int] = {}
+
+    def add(self, part: Part, contribution: Tensor) -> None:
+        """Contributions (N, D) of one pass."""
+        total = contribution.double().sum(0)
+        self._sums[part] = self._sums.get(part, torch.zeros_like(total)) + total
+        self._counts[part] = self._counts.get(part, 0) + len(contribution)
+
+    def values(self) -> dict[Part, Tensor]:
+        """UsageError when no such position came by."""
+        if not self._counts or not min(self._counts.values()):
+            raise UsageError("means: no such position in what the model ran on")
+        return {part: (total / self._counts[part]).float() for part, total in self._sums.items()}
+
+
+@contextmanager
+def watch_means(
+    model: MelLLMForConditionalGeneration, parts: Iterable[Part], positions: str = "speech"
+) -> Iterator[Means]:
+    """Average what these parts contribute at these positions, over whatever runs inside."""
+    parse_positions(positions)
+    chosen, means = _check(model, parts), Means()
+
+    def note(part: Part, contribution: Tensor) -> Tensor:
+        means.add(part, contribution[tracker.selected(positions)])
+        return contribution
+
+    with ExitStack() as stack:
+        tracker = stack.enter_context(PositionTracker.watching(model))
+        for part in chosen:
+            stack.enter_context(_changing(model, part, note))
+        yield means
+
+
+@contextmanager
+def _changing(model: MelLLMForConditionalGeneration, part: Part, change: Any) -> Iterator[None]:
+    """Put `change(part, contribution)` in the place of a part's contribution (B, S, D)."""
+    block: Any = decoder_blocks(model)[part.layer]
+
+    def after(module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (change(part, output[0]), *output[1:])
+        return change(part, output)
+
+    def before_projection(module: nn.Module, args: Any) -> Any:
+        heads = args[0].unflatten(-1, (_n_heads(model), -1)).clone()
+        heads[..., part.head, :] = change(part, heads[..., part.head, :])
+        return (heads.flatten(-2), *args[1:])
+
+    if part.name == "head":
+        handle = block.self_attn.o_proj.register_forward_pre_hook(before_projection, prepend=True)
+    else:
+        module = block.self_attn if part.name == "attention" else block.mlp
+        handle = module.register_forward_hook(after, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _check(model: MelLLMForConditionalGeneration, parts: Iterable[Part]) -> list[Part]:
+    chosen, blocks = sorted(set(parts), key=str), decoder_blocks(model)
+    check_layers((part.layer for part in chosen), len(blocks))
+    n_heads = _n_heads(model)
+    for part in chosen:
+        if part.name == "head" and (part.head is None or not 0 <= part.head < n_heads):
+            raise UsageError(f"head {part.head}: blocks have heads 0 to {n_heads - 1}")
+        if part.name not in ("attention", "mlp", "head"):
+            raise UsageError(f"part {part.name!r}: there are attention, mlp, head")
+        for name in ("self_attn", "mlp"):
+            if not hasattr(blocks[part.layer], name):
+                kind = type(blocks[part.layer]).__name__
+                raise UsageError(f"{kind} has no `{name}`: its parts can't be told apart")
+    return chosen
+
+
+def _n_heads(model: MelLLMForConditionalGeneration) -> int:
+    decoder: Any = model.get_decoder()
+    return int(decoder.config.num_attention_heads)
