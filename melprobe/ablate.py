@@ -3,7 +3,8 @@
 Cuts each decoder block in turn (or one set of blocks) at the speech positions, measures what that
 costs, and writes a report. A block does two things for a position: it works on what stands there,
 and lets other positions read it. --skip-layers takes the first away, --knockout the second,
---bypass-layers both. Stopped and started again, it goes on where it was.
+--bypass-layers both. --without-lora leaves the block and takes away what speech training changed
+in it. Stopped and started again, a study goes on where it was.
 """
 
 import json
@@ -44,6 +45,7 @@ CUTS: dict[str, tuple[CutName, str]] = {
     "--skip-layers": ("skip", "skip"),
     "--knockout": ("knock-out", "knock out"),
     "--bypass-layers": ("bypass", "bypass"),
+    "--without-lora": ("without-lora", "switch LoRA off in"),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -61,8 +63,8 @@ def parser() -> Parser:
         )
     p.add_argument(
         "--positions",
-        default="speech",
-        help=f"one of {', '.join(POSITIONS)}, or seconds of speech: speech:0.5-1.2",
+        help=f"one of {', '.join(POSITIONS)}, or seconds of speech such as speech:0.5-1.2 "
+        "(default: speech; with --without-lora all)",
     )
     p.add_argument("--checkpoint", default=DEFAULT, help="name under checkpoints/, or a folder")
     p.add_argument("--data", default="builtin/test", help="manifest, or name like queen/test")
@@ -79,8 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the study and render its report."""
     words = list(sys.argv[1:] if argv is None else argv)
     options = parser().parse_args(words)
-    seconds = parse_positions(options.positions).seconds
     cut, asked = asked_cut(options)
+    positions = asked_positions(options)
+    seconds = parse_positions(positions).seconds
     checkpoint = find_checkpoint(options.checkpoint)
     out = options.out or default_out(options, checkpoint)
     check_writable(out, f"--out {out}")
@@ -89,11 +92,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     usable, waves, left_out = load_usable(chosen, options.on_bad_audio)
     longest = max(map(len, waves)) / SAMPLE_RATE
     if seconds and seconds[0] >= longest:
-        raise UsageError(f"positions {options.positions!r}: the longest clip lasts {longest:.2f} s")
+        raise UsageError(f"positions {positions!r}: the longest clip lasts {longest:.2f} s")
     n_layers = read_config(checkpoint).text_config.num_hidden_layers
     sets = layer_sets(asked, n_layers)
-    listener = load(checkpoint, device=options.device, dtype=DTYPES.get(options.dtype))
-    if options.positions == "prompt" and not (listener.processor.before + listener.processor.after):
+    listener = load(
+        checkpoint,
+        device=options.device,
+        dtype=DTYPES.get(options.dtype),
+        merge=cut != "without-lora",
+    )
+    if positions == "prompt" and not (listener.processor.before + listener.processor.after):
         raise UsageError("positions 'prompt': this checkpoint has no words around the audio")
     study = LayerStudy(
         run=out.resolve().name,
@@ -102,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         partners=swap_partners(usable),
         cut=cut,
         layer_sets=sets,
-        positions=options.positions,
+        positions=positions,
         max_new_tokens=answer_limit(listener, usable),
     )
     labels = [format_layers(layers) for layers in sets]
@@ -113,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "utterances": [u.id for u in usable],
         "cut": cut,
         "layers": labels,
-        "positions": options.positions,
+        "positions": positions,
         "seed": options.seed,
         "max_new_tokens": study.max_new_tokens,
         "dtype": str(listener.model.dtype),
@@ -125,15 +133,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             run_layer_study(listener, study, store, lambda n: progress.update(bar, advance=n))
         store.export_parquet(out / "rows.parquet")
         rows = store.frame()
-    unread = unread_block(listener, options.positions) if cut == "skip" else None
+    unread = unread_block(listener, positions) if cut == "skip" else None
     results: dict[str, Any] = {
         "schema": SCHEMA,
         "run": study.run,
-        "question": {"cut": cut, "positions": options.positions, "layers": asked},
+        "question": {"cut": cut, "positions": positions, "layers": asked},
         "checkpoint": describe_checkpoint(checkpoint, listener),
         "data": describe_data(options.data, manifest, usable, waves, left_out),
         "n_utterances": len(usable),
-        **score_layers(rows, cut, labels, options.positions, unread, options.seed),
+        **score_layers(rows, cut, labels, positions, unread, options.seed),
         **provenance(
             seed=options.seed, command=["python -m melprobe.ablate", *map(shlex.quote, words)]
         ),
@@ -153,6 +161,15 @@ def asked_cut(options: Any) -> tuple[CutName, str]:
         if asked is not None:
             return cut, asked
     raise AssertionError("one of them is required")
+
+
+def asked_positions(options: Any) -> str:
+    """Where to cut; LoRA is a thing of the weights, and on or off everywhere."""
+    if options.without_lora is None:
+        return options.positions or "speech"
+    if options.positions not in (None, "all"):
+        raise UsageError("--without-lora: LoRA goes off at all positions; leave --positions out")
+    return "all"
 
 
 def layer_sets(text: str, n_layers: int) -> list[list[int]]:
@@ -189,7 +206,7 @@ def default_out(options: Any, checkpoint: Path) -> Path:
     layers = "" if asked == EACH_BLOCK else f"-layers-{asked}"
     data = options.data.removesuffix(".jsonl").replace("/", "-").strip("-.")
     seed = f"-seed{options.seed}" if options.seed else ""
-    how = f"{cut}-{options.positions.replace(':', '-')}{layers}-n{options.limit}{seed}"
+    how = f"{cut}-{asked_positions(options).replace(':', '-')}{layers}-n{options.limit}{seed}"
     return Path("reports") / f"{checkpoint_name(checkpoint)}-{data}-{how}"
 
 

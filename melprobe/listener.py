@@ -5,19 +5,22 @@
 ...     lm.transcribe([wave])
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers.utils import logging
 
 from melprobe.corpus.text import plain_text
 from melprobe.errors import UsageError
 from melprobe.hooks.cuts import BlockChange, bypass, knock_out, skip, watch_blocks
 from melprobe.hooks.layers import decoder_blocks
+from melprobe.hooks.lora import without_lora
+from melprobe.hooks.parts import Part, ablate
 from melprobe.hooks.replay import Replay
 from melprobe.model import checkpoint
 from melprobe.model.inference import AnswerScores, answer_scores, transcribe
@@ -74,6 +77,19 @@ class Listener:
         """Lead positions around blocks inside a `with`: neither processed nor read."""
         return bypass(self.model, layers, positions)
 
+    def ablate(
+        self,
+        parts: Iterable[Part],
+        positions: str = "speech",
+        values: Mapping[Part, Tensor] | None = None,
+    ) -> AbstractContextManager[None]:
+        """Replace what attention, MLPs or heads contribute; see `melprobe.hooks.parts`."""
+        return ablate(self.model, parts, positions, values)
+
+    def without_lora(self, layers: Iterable[int]) -> AbstractContextManager[None]:
+        """Run blocks on the base model's weights inside a `with`; see `melprobe.hooks.lora`."""
+        return without_lora(self.model, layers)
+
     def watch_blocks(self, positions: str = "speech") -> AbstractContextManager[BlockChange]:
         """Measure how far each block turns the residual inside a `with`."""
         return watch_blocks(self.model, positions)
@@ -84,14 +100,17 @@ def load(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    merge: bool = True,
 ) -> Listener:
     """A checkpoint by name (`mel-smol`) or folder.
 
-    device: the first GPU, else the CPU, when not given. dtype: see `fast_dtype`.
+    device: the first GPU, else the CPU, when not given. dtype: see `fast_dtype`. merge:
+    fold LoRA into the weights, which costs nothing later; `without_lora` needs it apart.
     """
     place = pick_device(device)
     with _no_progress_bars():
-        model, processor = checkpoint.load(name, dtype=dtype or fast_dtype(place), device=place)
+        dtype = dtype or fast_dtype(place)
+        model, processor = checkpoint.load(name, dtype=dtype, device=place, merge=merge)
     return Listener(model, processor)
 
 

@@ -149,13 +149,18 @@ def test_a_set_of_layers_is_one_condition(folder):
 
 @pytest.mark.parametrize(
     ("option", "cut", "says"),
-    [("--knockout", "knock-out", "knocked out"), ("--bypass-layers", "bypass", "bypassed")],
+    [
+        ("--knockout", "knock-out", "knocked out"),
+        ("--bypass-layers", "bypass", "bypassed"),
+        ("--without-lora", "without-lora", "run without its LoRA"),
+    ],
 )
 def test_other_cuts_have_rows_scores_and_words_of_their_own(folder, option, cut, says):
     run = folder / cut
     ablate.main(arguments(folder, option, "--out", str(run)))
     found, rows = results(run), pd.read_parquet(run / "rows.parquet")
-    assert found["question"] == {"cut": cut, "positions": "speech", "layers": "each block in turn"}
+    positions = "all" if cut == "without-lora" else "speech"
+    assert found["question"] == {"cut": cut, "positions": positions, "layers": "each block in turn"}
     assert set(rows.condition) == {"intact", "swapped", cut}
     last = found["layers"][-1]  # it is read there by what comes after
     assert last["kl"] > 0 and not last["zero_by_construction"]
@@ -181,6 +186,7 @@ def test_a_study_says_what_the_model_does_under_the_same_cut(folder, sweep):
     ("words", "message"),
     [
         (["--skip-layers", "--knockout"], "not allowed with argument"),
+        (["--without-lora", "--positions", "text"], "LoRA goes off at all positions"),
         (["--skip-layers", "2,9"], "layers 9: this model has blocks 0 to 3"),
         (["--skip-layers", ""], "is not a number"),
         (["--skip-layers", "--positions", "vowels"], "there are bos, prompt, speech"),
@@ -191,7 +197,10 @@ def test_a_study_says_what_the_model_does_under_the_same_cut(folder, sweep):
         (["--skip-layers", "--limit", "-1"], "--limit -1"),
         (["--skip-layers", "--seed", "-1"], "--seed -1"),
         (["--skip-layers", "--device", "abacus"], "device 'abacus': take cpu, cuda"),
-        ([], "one of the arguments --skip-layers --knockout --bypass-layers is required"),
+        (
+            [],
+            "one of the arguments --skip-layers --knockout --bypass-layers --without-lora is required",
+        ),
     ],
 )
 def test_bad_input_to_ablate_is_one_line(folder, words, message):

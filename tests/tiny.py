@@ -106,7 +106,7 @@ def without_layer(listener: Listener, layer: int) -> Listener:
 
 
 def tiny_checkpoint(place: Path) -> None:
-    """An untrained adapter checkpoint in `model`, and manifests of noise with texts beside it.
+    """A checkpoint with an adapter of noise in `model`, and beside it manifests of noise with texts.
 
     `data.jsonl` holds all clips. Of the two in `train.jsonl`, `dev.jsonl` holds the second.
     """
@@ -121,6 +121,9 @@ def tiny_checkpoint(place: Path) -> None:
         lora=Lora(rank=2).to_peft(),
     )
     torch.nn.init.normal_(model.audio_front.projection.weight, std=0.05)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:  # zero until it is trained
+            torch.nn.init.normal_(weight, std=0.2)
     checkpoint.save(model, processor, place / "model")
     utterances = []
     for i, wave in enumerate(waves(*np.linspace(0.4, 0.9, N_CLIPS))):

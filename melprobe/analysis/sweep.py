@@ -24,7 +24,7 @@ from melprobe.listener import Listener
 from melprobe.model.inference import AnswerScores, batches_by_length
 from melprobe.store import Key, Row, RowStore
 
-CutName = Literal["skip", "knock-out", "bypass"]
+CutName = Literal["skip", "knock-out", "bypass", "without-lora"]
 # What the text and the prompt add to a clip's patches, roughly, when batches are cut.
 _TEXT_POSITIONS = 24
 
@@ -129,6 +129,9 @@ class _Batch:
                     return replay.hear(reuse=min(layers))
             case "bypass":
                 with listener.bypass(layers, study.positions):
+                    return replay.hear(reuse=min(layers))
+            case "without-lora":
+                with listener.without_lora(layers):
                     return replay.hear(reuse=min(layers))
 
     def _rows(

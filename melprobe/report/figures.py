@@ -179,7 +179,7 @@ def _block_axis(ax: Axes, results: Results, narrow: bool) -> list[int]:
     xs = [int(layer["layer"]) for layer in results["layers"]]
     ax.set_xticks(xs[:: 5 if len(xs) > (12 if narrow else 36) else 1])
     ax.set_xlim(xs[0] - 0.8, xs[-1] + 0.8)
-    ax.set_xlabel(f"{reading.cut(results).done} block")
+    ax.set_xlabel(f"block {reading.cut(results).done}")
     return xs
 
 

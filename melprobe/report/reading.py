@@ -31,6 +31,7 @@ CUTS = {
     "skip": Cut("skip", "skipping", "skipped"),
     "knock-out": Cut("knock out", "knocking out", "knocked out"),
     "bypass": Cut("bypass", "bypassing", "bypassed"),
+    "without-lora": Cut("no LoRA in", "switching LoRA off in", "run without its LoRA"),
 }
 
 

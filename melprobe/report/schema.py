@@ -19,7 +19,7 @@ Interval = tuple[FiniteFloat, FiniteFloat]
 
 
 class Question(TypedDict):
-    cut: Literal["skip", "knock-out", "bypass"]
+    cut: Literal["skip", "knock-out", "bypass", "without-lora"]
     positions: str
     """speech, text, prompt, answer, bos or all"""
     layers: str

@@ -30,6 +30,9 @@ EFFECTS = {
     "bypass": "what stands there passes by unchanged, and nothing that stands elsewhere reads it "
     "there, in any step of the answer. If the transcript suffers, the block was needed, to work on "
     "what stands there or to read it.",
+    "without-lora": "the block is then the base model’s, as it was before speech training. If the "
+    "transcript suffers, what the training changed there was needed. It does not say what training "
+    "without LoRA there would give: other blocks could then have made up for it.",
 }
 PLACES = {
     "speech": "at the positions that hold sound{}, and there only",
@@ -94,8 +97,8 @@ def errors(results: Results) -> Caption:
         "shapes as in figure 1. Below: what the errors are. Many insertions mean that the answer "
         "ran in a loop "
         f"(n = {sample(results)}, {baseline['reference_words']} reference words).",
-        "Change in word error rate and kinds of errors for each "
-        f"{reading.cut(results).done} block. Highest word error "
+        "Change in word error rate and kinds of errors for each block "
+        f"{reading.cut(results).done}. Highest word error "
         f"rate: {percent(worst['wer'])} without block {worst['layer']}; intact model "
         f"{percent(baseline['wer'])}.",
     )
