@@ -199,7 +199,7 @@ def test_a_study_says_what_the_model_does_under_the_same_cut(folder, sweep):
         (["--skip-layers", "--device", "abacus"], "device 'abacus': take cpu, cuda"),
         (
             [],
-            "one of the arguments --skip-layers --knockout --bypass-layers --without-lora is required",
+            "--skip-layers --knockout --bypass-layers --without-lora is required",
         ),
     ],
 )

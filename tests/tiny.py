@@ -106,7 +106,7 @@ def without_layer(listener: Listener, layer: int) -> Listener:
 
 
 def tiny_checkpoint(place: Path) -> None:
-    """A checkpoint with an adapter of noise in `model`, and beside it manifests of noise with texts.
+    """A checkpoint with an adapter of noise in `model`, and beside it manifests of noise and texts.
 
     `data.jsonl` holds all clips. Of the two in `train.jsonl`, `dev.jsonl` holds the second.
     """
