@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import soundfile
-import torch
 from rich.console import Console
 from rich.progress import Progress
 
@@ -30,7 +29,7 @@ from melprobe.corpus.manifest import Utterance, find_manifest, read_manifest
 from melprobe.errors import Parser, UsageError, check_writable, run
 from melprobe.hooks.layers import format_layers, parse_layers
 from melprobe.hooks.positions import POSITIONS, Kind, parse_positions
-from melprobe.listener import Listener, load
+from melprobe.listener import DTYPES, Listener, load
 from melprobe.model.checkpoint import DEFAULT, find_checkpoint, read_config, weights_file
 from melprobe.report import reading
 from melprobe.report.examples import chosen_utterances, clip_path
@@ -47,7 +46,6 @@ CUTS: dict[str, tuple[CutName, str]] = {
     "--bypass-layers": ("bypass", "bypass"),
     "--without-lora": ("without-lora", "switch LoRA off in"),
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def parser() -> Parser:

@@ -27,6 +27,8 @@ from melprobe.model.inference import AnswerScores, answer_scores, transcribe
 from melprobe.model.modelling import MelLLMForConditionalGeneration
 from melprobe.model.processor import MelLLMProcessor
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 
 @dataclass(frozen=True, slots=True)
 class Listener:

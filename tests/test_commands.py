@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import melprobe
-from melprobe import ablate, bench
+from melprobe import ablate
 from melprobe.analysis.protocol import answer_limit
 from melprobe.analysis.sweep import swap_partners
 from melprobe.analysis.wer import count_errors
 from melprobe.audio.load import load_utterance
+from melprobe.bench import __main__ as bench
 from melprobe.cache import cache_dir
 from melprobe.corpus.manifest import Utterance, read_manifest, write_manifest
 from melprobe.errors import UsageError, check_writable, run
@@ -321,3 +322,21 @@ def test_the_mel_bench_prints_what_it_promises(capsys):
     figures = json.loads(capsys.readouterr().out)
     assert figures["max_error"] < 1e-3
     assert figures["ratio_transformers"] > 2  # 5 to 7 on an idle machine
+
+
+def test_the_sweep_bench_finds_all_contestants_agreed(folder, capsys):
+    pytest.importorskip("nnsight")
+    pytest.importorskip("transformer_lens")
+    words = ["--checkpoint", str(folder / "model"), "--data", str(folder / "data.jsonl")]
+    bench.main(["sweep", "--json", *words, "--dtype", "float32", "--device", "cpu"])
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["identical"] and figures["rows"] == N * N_LAYERS
+    assert figures["max_nll_error"] < 1e-3
+    assert min(figures[f"ratio_{name}"] for name in ("hf", "nnsight", "transformerlens")) > 0
+
+
+def test_the_sweep_bench_can_do_without_transcripts_and_rivals(folder, capsys):
+    words = ["--checkpoint", str(folder / "model"), "--data", str(folder / "data.jsonl")]
+    bench.main(["sweep", "--json", *words, "--nll-only", "--rivals", "hf", "--layers", "1-2"])
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["rows"] == 2 * N and "ratio_nnsight" not in figures

@@ -62,14 +62,19 @@ class Replay:
         texts: Sequence[str],
         max_new_tokens: int,
     ):
-        """waves: float32, mono, 16 kHz; texts: references in plain form, one for each."""
+        """waves: float32, mono, 16 kHz; texts: references in plain form, one for each.
+
+        With `max_new_tokens` 0 nothing is decoded, and answers are empty.
+        """
         self.model = model
         self.max_new_tokens = max_new_tokens
         self.blocks = decoder_blocks(model)
         self.end_ids = _end_ids(model)
         prompts = processor(waves).to(model.device)
         start = time.perf_counter()
-        written = greedy_ids(model, prompts, max_new_tokens).tolist()
+        written: list[list[int]] = [[] for _ in waves]
+        if max_new_tokens:
+            written = greedy_ids(model, prompts, max_new_tokens).tolist()
         seconds = time.perf_counter() - start
         drafts = [self._ended(ids) for ids in written]
         self.references = _padded([processor.answer_ids(t) for t in texts], model.device)
@@ -159,6 +164,8 @@ class Replay:
 
     def _answers(self, logits: Tensor, cache: DynamicCache) -> list[list[int]]:
         """Greedy answers: the drafts where they hold, decoded from the first other token on."""
+        if not self.max_new_tokens:
+            return [[] for _ in self.drafts]
         first = self.references.shape[1] + 1
         before = torch.cat([logits[:, :1], logits[:, first : first + self.drafts.shape[1] - 1]], 1)
         chosen = before.argmax(-1)
@@ -216,7 +223,7 @@ def _giving(block: nn.Module, output: Tensor) -> Iterator[None]:
 
 
 def _padded(answers: list[list[int]], device: torch.device) -> Tensor:
-    rows = [torch.tensor(answer) for answer in answers]
+    rows = [torch.tensor(answer, dtype=torch.long) for answer in answers]
     return pad_sequence(rows, batch_first=True, padding_value=_NOTHING).to(device)
 
 

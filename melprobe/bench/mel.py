@@ -1,9 +1,8 @@
-"""`python -m melprobe.bench mel --json`: how fast, beside what others offer, on this machine."""
+"""The log-mel front end beside transformers' own."""
 
-import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -12,24 +11,9 @@ from transformers import Phi4MultimodalFeatureExtractor
 from melprobe.audio.load import SAMPLE_RATE, load_utterance
 from melprobe.audio.mel import frame_count, log_mel
 from melprobe.corpus.manifest import find_manifest, read_manifest
-from melprobe.errors import Parser, run
 
 BATCH = 16
 ROUNDS = 9
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run one benchmark and print its figures."""
-    p = Parser(prog="python -m melprobe.bench", description=__doc__)
-    p.add_argument("what", choices=("mel",))
-    p.add_argument("--json", action="store_true", help="one JSON object instead of lines")
-    options = p.parse_args(argv)
-    figures = bench_mel()
-    if options.json:
-        print(json.dumps(figures))
-    else:
-        for name, value in figures.items():
-            print(f"{name}: {value}")
 
 
 def bench_mel() -> dict[str, float | int | str]:
@@ -73,7 +57,3 @@ def _median_seconds(*functions: Callable[[], object]) -> list[float]:
                 function()
                 seconds.append(time.perf_counter() - start)
     return [statistics.median(seconds) for seconds in times]
-
-
-if __name__ == "__main__":
-    run(main)

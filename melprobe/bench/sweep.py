@@ -1,0 +1,317 @@
+"""A layer-skip study by us and by others: the same model, clips, dtype and process.
+
+Every contestant gives, for each block skipped alone at speech positions, the likelihood of every
+reference and every greedy transcript. Each has the batch size that is fastest for it on the first
+blocks; features are made beforehand. Times are worth something only if the transcripts agree:
+where two differ, the gap between the two best tokens at that place is held against the noise of
+batching.
+"""
+
+import copy
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import BatchFeature
+
+from melprobe.corpus.text import plain_text
+from melprobe.listener import Listener
+from melprobe.model.config import token_ids_only
+from melprobe.model.inference import score_tokens
+
+BATCH_SIZES = (10, 30)
+TRIAL_BLOCKS = 2
+
+
+class Found(NamedTuple):
+    """Results by (block, clip)."""
+
+    nll: dict[tuple[int, int], float]
+    answers: dict[tuple[int, int], list[int]]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is to be found out."""
+
+    listener: Listener
+    waves: Sequence[np.ndarray]
+    texts: Sequence[str]
+    layers: Sequence[int]
+    max_new_tokens: int
+    """0 for likelihoods alone"""
+
+    def batches(self, size: int) -> list[list[int]]:
+        """Clips of like length together."""
+        order = np.argsort([len(wave) for wave in self.waves], kind="stable").tolist()
+        return [order[i : i + size] for i in range(0, len(order), size)]
+
+    @cached_property
+    def _cache(self) -> dict[tuple[int, ...], tuple[BatchFeature, BatchFeature]]:
+        return {}
+
+    def inputs(self, batch: Sequence[int]) -> tuple[BatchFeature, BatchFeature]:
+        """Prompts with references and prompts alone, of these clips."""
+        if (key := tuple(batch)) not in self._cache:
+            lm = self.listener
+            waves = [self.waves[i] for i in batch]
+            texts = [plain_text(self.texts[i]) for i in batch]
+            pair = (lm.processor(waves, texts), lm.processor(waves))
+            self._cache[key] = tuple(part.to(lm.model.device) for part in pair)  # type: ignore[assignment]
+        return self._cache[key]
+
+    def speech(self, inputs: BatchFeature) -> Tensor:
+        """(B, S, 1) bool."""
+        return (inputs["input_ids"] == self.listener.processor.audio_token_id)[..., None]
+
+    def ended(self, ids: Sequence[int]) -> list[int]:
+        """Up to the first end token."""
+        end = self.listener.processor.tokenizer.eos_token_id
+        return list(ids[: ids.index(end)]) if end in ids else list(ids)
+
+
+Contestant = Callable[[Study, Sequence[Sequence[int]]], Found]
+"""Runs a study in these batches."""
+
+
+def ours(study: Study, batches: Sequence[Sequence[int]], *, reuse: bool = True) -> Found:
+    """By replay; `reuse=False` runs all blocks of every variant, and only verifies."""
+    found, lm = Found({}, {}), study.listener
+    for batch in batches:
+        replay = lm.replay(
+            [study.waves[i] for i in batch], [study.texts[i] for i in batch], study.max_new_tokens
+        )
+        for layer in study.layers:
+            with lm.skip({layer}):
+                heard = replay.hear(layer + 1 if reuse else 0)
+            for clip, nll, answer in zip(batch, heard.scores.nll, heard.answers, strict=True):
+                found.nll[layer, clip] = nll.item()
+                found.answers[layer, clip] = study.ended(answer)
+    return found
+
+
+def _by_forward_passes(
+    study: Study,
+    batches: Sequence[Sequence[int]],
+    run: Callable[[int, BatchFeature, dict[str, Any]], Tensor],
+) -> Found:
+    """`run(layer, inputs, options)` gives logits (N, V), or with `max_new_tokens` among the options
+    the generated ids."""
+    found, options = Found({}, {}), {"do_sample": False, "max_new_tokens": study.max_new_tokens}
+    for layer in study.layers:
+        for batch in batches:
+            labelled, prompts = study.inputs(batch)
+            targets = F.pad(labelled["labels"][:, 1:], (0, 1), value=-100)
+            nll = score_tokens(run(layer, labelled, {}), targets).nll
+            found.nll.update({(layer, clip): x.item() for clip, x in zip(batch, nll, strict=True)})
+            if study.max_new_tokens:
+                ids = run(layer, prompts, options)[:, prompts["input_ids"].shape[1] :]
+                for clip, row in zip(batch, ids.tolist(), strict=True):
+                    found.answers[layer, clip] = study.ended(row)
+    return found
+
+
+def hooks(study: Study, batches: Sequence[Sequence[int]]) -> Found:
+    """Plain transformers, with a hook on the block."""
+    model = study.listener.model
+
+    def run(layer: int, inputs: BatchFeature, options: dict[str, Any]) -> Tensor:
+        with study.listener.skip({layer}):
+            return model.generate(**inputs, **options) if options else model(**inputs).logits
+
+    return _by_forward_passes(study, batches, run)
+
+
+def nnsight(study: Study, batches: Sequence[Sequence[int]]) -> Found:
+    """Traces around `forward` and `generate`; speech stands in the first step alone."""
+    import nnsight as package
+
+    model = study.listener.model
+    traced = package.NNsight(model)
+
+    def run(layer: int, inputs: BatchFeature, options: dict[str, Any]) -> Tensor:
+        speech = study.speech(inputs)
+        call = {"fn": model.generate, **options} if options else {}
+        with traced.trace(**inputs, **call) as tracer:
+            block = traced.language_model.model.layers[layer]
+            before = block.input
+            block.output = torch.where(speech, before, block.output)
+            result = tracer.result.save()
+        return result if options else result.logits
+
+    return _by_forward_passes(study, batches, run)
+
+
+def transformer_lens(study: Study, batches: Sequence[Sequence[int]]) -> Found:
+    """The bridge's hook points around a copy, since it rewires what it wraps."""
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    other = copy.deepcopy(study.listener.model)
+    bridge = build_bridge_from_module(
+        other.language_model,
+        type(other.language_model).__name__,
+        hf_config=other.language_model.config,
+    )
+
+    def run(layer: int, inputs: BatchFeature, options: dict[str, Any]) -> Tensor:
+        speech, seen = study.speech(inputs), {}
+
+        def remember(residual: Tensor, hook: Any) -> None:
+            seen["before"] = residual.clone()
+
+        def put_back(residual: Tensor, hook: Any) -> Tensor:
+            if residual.shape[1] != speech.shape[1]:
+                return residual  # a decoding step
+            return torch.where(speech, seen["before"], residual)
+
+        points = [(f"blocks.{layer}.hook_in", remember), (f"blocks.{layer}.hook_out", put_back)]
+        with bridge.hooks(fwd_hooks=points):
+            return other.generate(**inputs, **options) if options else other(**inputs).logits
+
+    return _by_forward_passes(study, batches, run)
+
+
+RIVALS: dict[str, Contestant] = {
+    "hf": hooks,
+    "nnsight": nnsight,
+    "transformerlens": transformer_lens,
+}
+
+
+@torch.no_grad()
+def bench_sweep(
+    study: Study, rivals: Sequence[str], tell: Callable[[str], None]
+) -> dict[str, object]:
+    """Seconds of each contestant, ratios, and whether all say the same; see the issue's goals.
+
+    tell: hears one line for each contestant that is done.
+    """
+    with _only_token_ids(study.listener):
+        seconds, sizes, found = {}, {}, {}
+        contestants = {"ours": ours, **{name: RIVALS[name] for name in rivals}}
+        for name, contestant in contestants.items():
+            size = _best_size(study, contestant)
+            start = time.perf_counter()
+            found[name] = contestant(study, study.batches(size))
+            _wait(study)
+            seconds[name], sizes[name] = time.perf_counter() - start, size
+            if name == "ours":
+                peak = _peak_mb(study)
+            tell(f"{name}: {seconds[name]:.1f} s in batches of {size}")
+        parts = _parts(study, sizes["ours"], seconds["ours"]) if study.max_new_tokens else {}
+        differing: list[tuple[str, int, int]] = [
+            (name, *key)
+            for name in rivals
+            for key, answer in found["ours"].answers.items()
+            if found[name].answers.get(key, answer) != answer
+        ]
+        gaps = [_gap(study, found["ours"], found[name], *place) for name, *place in differing]
+        noise = _batch_noise(study) if differing else 0.0
+    nll_error = max(
+        (
+            abs(found[name].nll[key] - nll)
+            for name in rivals
+            for key, nll in found["ours"].nll.items()
+        ),
+        default=0.0,
+    )
+    return {
+        "seconds": round(seconds["ours"], 2),
+        **{f"ratio_{name}": round(seconds[name] / seconds["ours"], 2) for name in rivals},
+        **parts,
+        "identical": not differing,
+        "differing_rows": len(differing),
+        "largest_gap": round(max(gaps, default=0.0), 4),
+        "batch_noise": round(noise, 4),
+        "differences_are_noise": max(gaps, default=0.0) <= noise,
+        "max_nll_error": round(nll_error, 5),
+        "rows": len(found["ours"].nll),
+        "batch_sizes": sizes,
+        "peak_mb": peak,
+        "dtype": str(study.listener.model.dtype).removeprefix("torch."),
+        "device": _device(study),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _best_size(study: Study, contestant: Contestant) -> int:
+    """The fastest batch size on a few blocks, which also warms everything up."""
+    trial = Study(
+        study.listener, study.waves, study.texts, study.layers[:TRIAL_BLOCKS], study.max_new_tokens
+    )
+    times = {}
+    for size in sorted({min(size, len(study.waves)) for size in BATCH_SIZES}):
+        contestant(trial, trial.batches(size)[:1])  # the first call of a shape costs more
+        start = time.perf_counter()
+        contestant(trial, trial.batches(size))
+        _wait(study)
+        times[size] = time.perf_counter() - start
+    return min(times, key=lambda size: times[size])
+
+
+def _parts(study: Study, size: int, whole: float) -> dict[str, float]:
+    """What verification alone brings: the time without prefix reuse, over the time with it."""
+    start = time.perf_counter()
+    ours(study, study.batches(size), reuse=False)
+    _wait(study)
+    return {"ratio_without_reuse": round((time.perf_counter() - start) / whole, 2)}
+
+
+def _gap(study: Study, one: Found, other: Found, layer: int, clip: int) -> float:
+    """Between the two best next tokens where two transcripts part, in logits."""
+    a, b = (found.answers[layer, clip] for found in (one, other))
+    same = next(
+        (i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]),
+        min(len(a), len(b)),
+    )
+    _, prompts = study.inputs([clip])
+    agreed = torch.tensor([a[:same]], dtype=torch.long, device=prompts["input_ids"].device)
+    ids = torch.cat([prompts["input_ids"], agreed], 1)
+    inputs = dict(prompts) | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with study.listener.skip({layer}):
+        best = study.listener.model(**inputs, logits_to_keep=1).logits[0, -1].float().topk(2).values
+    return (best[0] - best[1]).item()
+
+
+def _batch_noise(study: Study) -> float:
+    """How far a clip's logits move when others are scored beside it."""
+    batch = study.batches(min(max(BATCH_SIZES), len(study.waves)))[0]
+    together = study.listener.model(**study.inputs(batch)[0]).logits.float()
+    alone = [study.listener.model(**study.inputs([clip])[0]).logits.float() for clip in batch]
+    return (together - torch.cat(alone)).abs().max().item()
+
+
+@contextmanager
+def _only_token_ids(listener: Listener) -> Iterator[None]:
+    """`generate` as our own greedy decoding has it: without a base's penalties and sampling."""
+    kept = listener.model.generation_config
+    listener.model.generation_config = token_ids_only(kept)
+    try:
+        yield
+    finally:
+        listener.model.generation_config = kept
+
+
+def _wait(study: Study) -> None:
+    if study.listener.model.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _peak_mb(study: Study) -> int:
+    """Until now: on a GPU what torch held at most, else the whole process, loading included."""
+    if study.listener.model.device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 1e6)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+
+
+def _device(study: Study) -> str:
+    device = study.listener.model.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
