@@ -1,11 +1,13 @@
 """A replayed batch is what the model under the same hooks gives, for less work."""
 
+import numpy as np
 import pytest
 import torch
 
 from melprobe.hooks.layers import decoder_blocks
 from melprobe.hooks.replay import Replay
-from tests.tiny import N_LAYERS, tiny_listener, waves
+from melprobe.model.inference import greedy_ids
+from tests.tiny import N_LAYERS, WORDS, tiny_listener, waves
 
 TEXTS = ["please hold", "the new number three", "one"]
 LIMIT = 12
@@ -61,3 +63,29 @@ def test_nothing_is_left_behind(lm, replay):
     for block in decoder_blocks(lm.model):
         assert "forward" not in vars(block)
         assert not block._forward_hooks and not block._forward_pre_hooks
+
+
+def test_thousands_of_answers_are_those_of_plain_decoding():
+    """Short, endless and changed ones; in float32, so that no rounding decides."""
+    lm = tiny_listener(seed=1)
+    end = lm.processor.tokenizer.eos_token_id
+    lm.model.get_input_embeddings().weight.data[end] *= 1.6  # likely to be chosen now and then
+    rng = np.random.default_rng(0)
+    clips = waves(*rng.uniform(0.3, 1.6, 40))
+    texts = [" ".join(rng.choice(WORDS, rng.integers(1, 5))) for _ in clips]
+    replay = Replay(lm.model, lm.processor, clips, texts, LIMIT)
+    compared = changed = ended = 0
+    for name in ("skip", "knock_out", "bypass"):
+        for positions in ("bos", "prompt", "speech", "text", "all"):
+            for layer in range(N_LAYERS):
+                with getattr(lm, name)({layer}, positions):
+                    heard = replay.hear(layer + (name == "skip"))
+                    ids = greedy_ids(lm.model, lm.processor(clips), LIMIT).tolist()
+                for found, plain, intact in zip(
+                    heard.answers, ids, replay.intact.answers, strict=True
+                ):
+                    assert found == (plain[: plain.index(end) + 1] if end in plain else plain)
+                    compared += 1
+                    changed += found != intact
+                    ended += found[-1] == end
+    assert compared == 2400 and 300 < changed < 2100 and 300 < ended < 2100
