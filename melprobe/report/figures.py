@@ -40,7 +40,9 @@ def drawings(results: Results) -> list[Drawing]:
     if not reading.is_sweep(results):
         return [_drawing("scale", results)]
     names = ["damage", "errors"]
-    if all(layer["block_influence"] is not None for layer in results["layers"]):
+    # They claim to foretell what leaving a block out costs, not reading nor training.
+    left_out = results["question"]["cut"] in {"skip", "bypass"}
+    if left_out and all(layer["block_influence"] is not None for layer in results["layers"]):
         names.append("similarity")
     return [_drawing(name, results) for name in names]
 
