@@ -57,7 +57,8 @@ def parser() -> Parser:
             nargs="?",
             const=EACH_BLOCK,
             metavar="LAYERS",
-            help=f"{verb} each block in turn, or the set given, such as 3,5-8 (counted from 0)",
+            help=f"{verb} each block in turn, or the set given, such as 3,5-8 (counted from 0), or "
+            "sets in turn: windows:N (neighbours), prefixes, suffixes",
         )
     p.add_argument(
         "--positions",
@@ -171,9 +172,18 @@ def asked_positions(options: Any) -> str:
 
 
 def layer_sets(text: str, n_layers: int) -> list[list[int]]:
-    """Each block alone, or the one set that was asked for."""
+    """Each block alone, one of the series of sets in `reading.SERIES`, or the one set named."""
     if text == EACH_BLOCK:
         return [[layer] for layer in range(n_layers)]
+    if text == "prefixes":
+        return [list(range(n)) for n in range(1, n_layers + 1)]
+    if text == "suffixes":
+        return [list(range(n_layers - n, n_layers)) for n in range(1, n_layers + 1)]
+    if text.startswith("windows:"):
+        size = text.removeprefix("windows:")
+        if not (size.isascii() and size.isdecimal() and 1 <= int(size) <= n_layers):
+            raise UsageError(f"layers {text!r}: take windows:N with N from 1 to {n_layers}")
+        return [list(range(first, first + int(size))) for first in range(n_layers - int(size) + 1)]
     return [parse_layers(text, n_layers)]
 
 
@@ -201,7 +211,7 @@ def unread_block(listener: Listener, positions: str) -> str | None:
 def default_out(options: Any, checkpoint: Path) -> Path:
     """A folder under reports/ that the same command finds again."""
     cut, asked = asked_cut(options)
-    layers = "" if asked == EACH_BLOCK else f"-layers-{asked}"
+    layers = "" if asked == EACH_BLOCK else f"-layers-{asked.replace(':', '-')}"
     data = options.data.removesuffix(".jsonl").replace("/", "-").strip("-.")
     seed = f"-seed{options.seed}" if options.seed else ""
     how = f"{cut}-{asked_positions(options).replace(':', '-')}{layers}-n{options.limit}{seed}"

@@ -190,6 +190,8 @@ def test_a_study_says_what_the_model_does_under_the_same_cut(folder, sweep):
         (["--without-lora", "--positions", "text"], "LoRA goes off at all positions"),
         (["--skip-layers", "2,9"], "layers 9: this model has blocks 0 to 3"),
         (["--skip-layers", ""], "is not a number"),
+        (["--skip-layers", "windows:9"], "take windows:N with N from 1 to 4"),
+        (["--skip-layers", "windows"], "is not a number"),
         (["--skip-layers", "--positions", "vowels"], "there are bos, prompt, speech"),
         (["--skip-layers", "--positions", "speech:2-1"], "give seconds from and to"),
         (["--skip-layers", "--positions", "speech:60-70"], "the longest clip lasts"),
@@ -340,3 +342,21 @@ def test_the_sweep_bench_can_do_without_transcripts_and_rivals(folder, capsys):
     bench.main(["sweep", "--json", *words, "--nll-only", "--rivals", "hf", "--layers", "1-2"])
     figures = json.loads(capsys.readouterr().out)
     assert figures["rows"] == 2 * N and "ratio_nnsight" not in figures
+
+
+@pytest.mark.parametrize(
+    ("layers", "sets"),
+    [
+        ("windows:3", ["0-2", "1-3"]),
+        ("prefixes", ["0", "0-1", "0-2", "0-3"]),
+        ("suffixes", ["3", "2-3", "1-3", "0-3"]),
+    ],
+)
+def test_series_of_sets_are_cut_in_turn(folder, layers, sets):
+    run = folder / layers.replace(":", "")
+    ablate.main(arguments(folder, "--skip-layers", layers, "--out", str(run)))
+    found, rows = results(run), pd.read_parquet(run / "rows.parquet")
+    assert [str(layer["layer"]) for layer in found["layers"]] == sets
+    assert set(rows[rows.condition == "skip"].layer) == set(sets)
+    page = (run / "report.html").read_text()
+    assert ("in turn" if layers == "windows:3" else "and so on") in page

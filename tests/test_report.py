@@ -268,3 +268,34 @@ def test_missing_or_odd_runs_are_usage_errors(sweep, tmp_path):
             render(tmp_path)
     with pytest.raises(UsageError, match="the following arguments are required: RUN"):
         main([])
+
+
+def run_of(sets, damages, question):
+    """Results of a series of sets, with bands of ±18 %."""
+    rng = np.random.default_rng(0)
+    results = synthetic_results([0.0])
+    results["layers"] = [
+        synthetic_layer(label, damage, rng) for label, damage in zip(sets, damages, strict=True)
+    ]
+    results["question"] = results["question"] | {"layers": question}
+    return results
+
+
+def test_headline_of_suffixes_says_how_far_one_can_go():
+    sets = [3, "2-3", "1-3", "0-3"]
+    text = plain(reading.headline(run_of(sets, [0.0, 0.01, 0.4, 1.2], "suffixes")))
+    assert text == (
+        "At speech positions blocks 2–3 skipped together costs less than d = 0.05, whole band "
+        "included; with one block more it costs more (d = 0.40)."
+    )
+    text = plain(reading.headline(run_of(sets, [0.3, 0.4, 0.4, 1.2], "suffixes")))
+    assert text.startswith("At speech positions the highest block cannot go: block 3 skipped costs")
+
+
+def test_headline_of_windows_counts_them():
+    results = run_of(["0-1", "1-2", "2-3"], [1.2, 0.3, 0.01], "windows:2")
+    assert plain(reading.headline(results)) == (
+        "At speech positions 2 of 3 runs of neighbouring blocks, each skipped together, cost more "
+        "than the margin of 0.05, 1 less and 0 stay undecided; blocks 0–1 most (d = 1.20) and "
+        "blocks 2–3 least (d = 0.01)."
+    )

@@ -37,7 +37,7 @@ def drawings(results: Results) -> list[Drawing]:
     """The figures that this run's results carry; none when the listening gate failed."""
     if not results["gate"]["passed"] or not results["layers"]:
         return []
-    if not reading.is_sweep(results):
+    if not reading.series(results):
         return [_drawing("scale", results)]
     names = ["damage", "errors"]
     # They claim to foretell what leaving a block out costs, not reading nor training.
@@ -178,10 +178,12 @@ PAINTERS = {"damage": damage, "errors": errors, "similarity": similarity, "scale
 
 
 def _block_axis(ax: Axes, results: Results, narrow: bool) -> list[int]:
-    xs = [int(layer["layer"]) for layer in results["layers"]]
-    ax.set_xticks(xs[:: 5 if len(xs) > (12 if narrow else 36) else 1])
-    ax.set_xlim(xs[0] - 0.8, xs[-1] + 0.8)
-    ax.set_xlabel(f"block {reading.cut(results).done}")
+    xs = [reading.where_on_axis(results, layer) for layer in results["layers"]]
+    ax.set_xticks(sorted(xs)[:: 5 if len(xs) > (12 if narrow else 36) else 1])
+    ax.set_xlim(min(xs) - 0.8, max(xs) + 0.8)
+    which = reading.SERIES.get(reading.series(results), "block")
+    size = results["question"]["layers"].partition(":")[2]
+    ax.set_xlabel(f"{which.format(size)} {reading.cut(results).done}")
     return xs
 
 

@@ -17,6 +17,12 @@ OUTCOMES: dict[Outcome, str] = {
     "built-in": "zero by construction",
 }
 EACH_BLOCK = "each block in turn"
+# Series of sets, and which block of a set stands for it on an axis.
+SERIES = {
+    "windows": "first of {} neighbouring blocks",
+    "prefixes": "highest of the blocks from 0 on",
+    "suffixes": "lowest of the blocks up to the last",
+}
 
 
 class Cut(NamedTuple):
@@ -51,9 +57,16 @@ def outcome(layer: Layer, margin: float) -> Outcome:
     return "spare" if high < margin else "open"
 
 
-def is_sweep(results: Results) -> bool:
-    """Each block in turn, rather than one set."""
-    return results["question"]["layers"] == EACH_BLOCK
+def series(results: Results) -> str:
+    """Which blocks were cut in turn: EACH_BLOCK or one of SERIES; "" for one set."""
+    name, _, _ = results["question"]["layers"].partition(":")
+    return name if name in {EACH_BLOCK, *SERIES} else ""
+
+
+def where_on_axis(results: Results, layer: Layer) -> int:
+    """The block that stands for a set in a figure: see SERIES."""
+    first, _, last = str(layer["layer"]).partition("-")
+    return int(last or first) if series(results) == "prefixes" else int(first)
 
 
 def by_damage(layers: Sequence[Layer]) -> list[Layer]:
@@ -75,8 +88,10 @@ def headline(results: Results) -> str:
         )
     if not results["layers"]:
         return f"No block was {cut(results).done}, so there is nothing to say of layers yet."
-    if not is_sweep(results):
+    if not series(results):
         return _set_headline(results["layers"][0], cut(results), where, margin)
+    if series(results) in SERIES:
+        return _series_headline(results)
     groups: dict[Outcome, list[Layer]] = {kind: [] for kind in OUTCOMES}
     for layer in by_damage(results["layers"]):
         groups[outcome(layer, margin)].append(layer)
@@ -115,6 +130,38 @@ def _set_headline(layer: Layer, how: Cut, where: str, margin: float) -> str:
         f"the way from intact (0) to deaf (1), {says}; the word error rate moves by "
         f"{points(layer['delta_wer'])} points to {percent(layer['wer'])}."
     )
+
+
+def _series_headline(results: Results) -> str:
+    """Of runs of blocks: how many can go; of prefixes and suffixes: how far one can go."""
+    where, margin, layers = place(results), results["margin"]["damage"], results["layers"]
+    kinds = [outcome(layer, margin) for layer in layers]
+    done, below = cut(results).done, f"costs less than {equals(margin)}, whole band included"
+    if series(results) == "windows":
+        ordered = by_damage(layers)
+        ends = " and ".join(
+            f"{names([layer])} {which} ({equals(number(layer['damage']))})"
+            for layer, which in ((ordered[0], "most"), (ordered[-1], "least"))
+        )
+        spare = sum(kind in ("spare", "built-in") for kind in kinds)
+        return (
+            f"{where.capitalize()} {kinds.count('costly')} of {len(layers)} runs of neighbouring "
+            f"blocks, each {done} together, cost more than the margin of {number(margin)}, {spare} "
+            f"less and {kinds.count('open')} stay undecided; {ends}."
+        )
+    end = {"prefixes": "the lowest", "suffixes": "the highest"}[series(results)]
+    free = next((n for n, k in enumerate(kinds) if k not in ("spare", "built-in")), len(kinds))
+    if not free:
+        says = "costs more than" if kinds[0] == "costly" else "is undecided against"
+        return (
+            f"{where.capitalize()} {end} block cannot go: {names([layers[0]])} {done} {says} "
+            f"{equals(margin)} ({equals(number(layers[0]['damage']))})."
+        )
+    found = f"{where.capitalize()} {names([layers[free - 1]])} {done} together {below}"
+    if free == len(layers):
+        return f"{found}: that is all of them."
+    says = "it costs more" if kinds[free] == "costly" else "the data don’t decide"
+    return f"{found}; with one block more {says} ({equals(number(layers[free]['damage']))})."
 
 
 def _costly(costly: Sequence[Layer], where: str, margin: float) -> list[str]:

@@ -23,7 +23,7 @@ class Question(TypedDict):
     positions: str
     """speech, text, prompt, answer, bos or all"""
     layers: str
-    """"each block in turn" or a set such as "3,5-8" """
+    """"each block in turn", "windows:4", "prefixes", "suffixes", or a set such as "3,5-8" """
 
 
 class Checkpoint(TypedDict):

@@ -17,7 +17,7 @@ class Caption(NamedTuple):
 
 
 def title(results: Results) -> str:
-    if reading.is_sweep(results):
+    if reading.series(results):
         return "Which layers listen?"
     return f"Can {names(results['layers'])} be {reading.cut(results).done}?"
 
@@ -34,6 +34,11 @@ EFFECTS = {
     "transcript suffers, what the training changed there was needed. It does not say what training "
     "without LoRA there would give: other blocks could then have made up for it.",
 }
+SETS = {
+    "windows": "each run of {0} neighbouring blocks is {1} in turn",
+    "prefixes": "the lowest block is {1}, then the two lowest together, and so on",
+    "suffixes": "the highest block is {1}, then the two highest together, and so on",
+}
 PLACES = {
     "speech": "at the positions that hold sound{}, and there only",
     "text": "at the positions that hold text, prompt and answer, and there only",
@@ -49,8 +54,12 @@ def question(results: Results) -> str:
     checkpoint, done = results["checkpoint"], reading.cut(results).done
     name, _, times = results["question"]["positions"].partition(":")
     when = f" from {times.replace('-', ' to ')} s" if times else ""
+    series = reading.series(results)
     what = f"each block is {done} in turn"
-    if not reading.is_sweep(results):
+    if series in SETS:
+        size = results["question"]["layers"].partition(":")[2]
+        what = SETS[series].format(size, done)
+    if not series:
         who = names(results["layers"])
         what = f"{who} are {done} together" if who.startswith("blocks") else f"{who} is {done}"
     return (
@@ -70,18 +79,18 @@ def sample(results: Results) -> str:
 
 def damage(results: Results) -> Caption:
     layers, margin = results["layers"], results["margin"]["damage"]
-    ing = reading.cut(results).ing
+    ing, each = reading.cut(results).ing, reading.series(results) == reading.EACH_BLOCK
     top = ", ".join(
-        f"block {layer['layer']} {number(layer['damage'])}"
-        for layer in reading.by_damage(layers)[:3]
+        f"{names([layer])} {number(layer['damage'])}" for layer in reading.by_damage(layers)[:3]
     )
+    what, marks = ("one block", "blocks") if each else ("blocks together", "sets of blocks")
     return Caption(
-        "What each block is worth",
-        f"Normalised damage d of {ing} one block {place(results)}: 0 is the intact model, 1 a "
+        "What each block is worth" if each else "What blocks are worth together",
+        f"Normalised damage d of {ing} {what} {place(results)}: 0 is the intact model, 1 a "
         f"model that hears another clip instead. Below {margin:g}, the shaded margin, the scale is "
-        "linear, above it logarithmic. Lines are simultaneous 95 % bands over all blocks "
+        f"linear, above it logarithmic. Lines are simultaneous 95 % bands over all {marks} "
         f"(n = {sample(results)}).{_built_in(results)}",
-        f"Damage of {ing} each of {len(layers)} blocks, with bands. Largest: {top}. "
+        f"Damage of {ing} each of {len(layers)} {marks}, with bands. Largest: {top}. "
         f"{reading.headline(results)}",
     )
 
@@ -99,7 +108,7 @@ def errors(results: Results) -> Caption:
         f"(n = {sample(results)}, {baseline['reference_words']} reference words).",
         "Change in word error rate and kinds of errors for each block "
         f"{reading.cut(results).done}. Highest word error "
-        f"rate: {percent(worst['wer'])} without block {worst['layer']}; intact model "
+        f"rate: {percent(worst['wer'])} with {names([worst])}; intact model "
         f"{percent(baseline['wer'])}.",
     )
 
