@@ -22,15 +22,22 @@ from rich.progress import Progress
 
 from melprobe.analysis.damage import score_layers
 from melprobe.analysis.protocol import answer_limit, choose
-from melprobe.analysis.sweep import CutName, LayerStudy, run_layer_study, swap_partners
+from melprobe.analysis.question import CutName, Question, asked
+from melprobe.analysis.sweep import LayerStudy, run_layer_study, swap_partners
 from melprobe.audio.load import SAMPLE_RATE, load_usable
 from melprobe.audio.patches import patch_rate
 from melprobe.corpus.manifest import Utterance, find_manifest, read_manifest
-from melprobe.errors import Parser, UsageError, check_writable, run
-from melprobe.hooks.layers import format_layers, parse_layers
-from melprobe.hooks.positions import POSITIONS, Kind, parse_positions
+from melprobe.errors import Parser, check_writable, run
+from melprobe.hooks.layers import format_layers
+from melprobe.hooks.positions import POSITIONS
 from melprobe.listener import DTYPES, Listener, load
-from melprobe.model.checkpoint import DEFAULT, find_checkpoint, read_config, weights_file
+from melprobe.model.checkpoint import (
+    DEFAULT,
+    find_checkpoint,
+    lora_blocks,
+    read_config,
+    weights_file,
+)
 from melprobe.report import reading
 from melprobe.report.examples import chosen_utterances, clip_path
 from melprobe.report.html import render
@@ -80,36 +87,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the study and render its report."""
     words = list(sys.argv[1:] if argv is None else argv)
     options = parser().parse_args(words)
-    cut, asked = asked_cut(options)
-    positions = asked_positions(options)
-    seconds = parse_positions(positions).seconds
+    question = asked(options, {option: cut for option, (cut, _) in CUTS.items()})
     checkpoint = find_checkpoint(options.checkpoint)
-    out = options.out or default_out(options, checkpoint)
+    out = options.out or default_out(options, question, checkpoint)
     check_writable(out, f"--out {out}")
+    config = read_config(checkpoint)
+    n_layers = config.text_config.num_hidden_layers
+    sets = question.layer_sets(n_layers, lora_blocks(checkpoint, n_layers))
     manifest = find_manifest(options.data)
     chosen = choose(read_manifest(manifest), options.limit, options.seed)
     usable, waves, left_out = load_usable(chosen, options.on_bad_audio)
-    longest = max(map(len, waves)) / SAMPLE_RATE
-    if seconds and seconds[0] >= longest:
-        raise UsageError(f"positions {positions!r}: the longest clip lasts {longest:.2f} s")
-    n_layers = read_config(checkpoint).text_config.num_hidden_layers
-    sets = layer_sets(asked, n_layers)
+    for place in reversed(question.without_patches(usable, waves, config.frames_per_patch)):
+        left_out.append(f"{usable[place].id}: nothing of it stands at {question.positions}")
+        del usable[place], waves[place]
     listener = load(
         checkpoint,
         device=options.device,
         dtype=DTYPES.get(options.dtype),
-        merge=cut != "without-lora",
+        merge=question.cut != "without-lora",
     )
-    if positions == "prompt" and not (listener.processor.before + listener.processor.after):
-        raise UsageError("positions 'prompt': this checkpoint has no words around the audio")
+    question.check(listener.processor)
     study = LayerStudy(
         run=out.resolve().name,
         utterances=usable,
         waves=waves,
         partners=swap_partners(usable),
-        cut=cut,
+        cut=question.cut,
         layer_sets=sets,
-        positions=positions,
+        positions=question.positions,
         max_new_tokens=answer_limit(listener, usable),
     )
     labels = [format_layers(layers) for layers in sets]
@@ -118,9 +123,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "checkpoint": file_sha256(weights_file(checkpoint)),
         "data": file_sha256(manifest),
         "utterances": [u.id for u in usable],
-        "cut": cut,
+        "cut": question.cut,
         "layers": labels,
-        "positions": positions,
+        "positions": question.positions,
         "seed": options.seed,
         "max_new_tokens": study.max_new_tokens,
         "dtype": str(listener.model.dtype),
@@ -128,19 +133,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     with RowStore(out / "rows.sqlite", settings) as store:
         with Progress(console=Console(stderr=True)) as progress:
-            bar = progress.add_task(reading.CUTS[cut].ing, total=len(usable) * (2 + len(sets)))
+            bar = progress.add_task(
+                reading.CUTS[question.cut].ing, total=len(usable) * (2 + len(sets))
+            )
             run_layer_study(listener, study, store, lambda n: progress.update(bar, advance=n))
         store.export_parquet(out / "rows.parquet")
         rows = store.frame()
-    unread = unread_block(listener, positions) if cut == "skip" else None
+    unread = question.unread_block(listener.processor, n_layers, waves)
     results: dict[str, Any] = {
         "schema": SCHEMA,
         "run": study.run,
-        "question": {"cut": cut, "positions": positions, "layers": asked},
+        "question": question._asdict(),
         "checkpoint": describe_checkpoint(checkpoint, listener),
         "data": describe_data(options.data, manifest, usable, waves, left_out),
         "n_utterances": len(usable),
-        **score_layers(rows, cut, labels, positions, unread, options.seed),
+        **score_layers(rows, question.cut, labels, question.positions, unread, options.seed),
         **provenance(
             seed=options.seed, command=["python -m melprobe.ablate", *map(shlex.quote, words)]
         ),
@@ -153,40 +160,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"report: {render(out)}")
 
 
-def asked_cut(options: Any) -> tuple[CutName, str]:
-    """Which cut, and of which layers: argparse has seen to it that there is one."""
-    for option, (cut, _) in CUTS.items():
-        asked = getattr(options, option.removeprefix("--").replace("-", "_"))
-        if asked is not None:
-            return cut, asked
-    raise AssertionError("one of them is required")
-
-
-def asked_positions(options: Any) -> str:
-    """Where to cut; LoRA is a thing of the weights, and on or off everywhere."""
-    if options.without_lora is None:
-        return options.positions or "speech"
-    if options.positions not in (None, "all"):
-        raise UsageError("--without-lora: LoRA goes off at all positions; leave --positions out")
-    return "all"
-
-
-def layer_sets(text: str, n_layers: int) -> list[list[int]]:
-    """Each block alone, one of the series of sets in `reading.SERIES`, or the one set named."""
-    if text == EACH_BLOCK:
-        return [[layer] for layer in range(n_layers)]
-    if text == "prefixes":
-        return [list(range(n)) for n in range(1, n_layers + 1)]
-    if text == "suffixes":
-        return [list(range(n_layers - n, n_layers)) for n in range(1, n_layers + 1)]
-    if text.startswith("windows:"):
-        size = text.removeprefix("windows:")
-        if not (size.isascii() and size.isdecimal() and 1 <= int(size) <= n_layers):
-            raise UsageError(f"layers {text!r}: take windows:N with N from 1 to {n_layers}")
-        return [list(range(first, first + int(size))) for first in range(n_layers - int(size) + 1)]
-    return [parse_layers(text, n_layers)]
-
-
 def warnings(n: int) -> list[str]:
     """What a reader must know beside the figures."""
     if n >= ENOUGH_FOR_WER:
@@ -197,24 +170,12 @@ def warnings(n: int) -> list[str]:
     ]
 
 
-def unread_block(listener: Listener, positions: str) -> str | None:
-    """The block whose skip costs nothing by construction: the last, whose output nobody reads.
-
-    None where an answer token is read off one of these positions.
-    """
-    before_answer = Kind.PROMPT if listener.processor.after else Kind.SPEECH
-    if {before_answer, Kind.ANSWER} & set(parse_positions(positions).kinds):
-        return None
-    return str(listener.n_layers - 1)
-
-
-def default_out(options: Any, checkpoint: Path) -> Path:
+def default_out(options: Any, question: Question, checkpoint: Path) -> Path:
     """A folder under reports/ that the same command finds again."""
-    cut, asked = asked_cut(options)
-    layers = "" if asked == EACH_BLOCK else f"-layers-{asked.replace(':', '-')}"
+    layers = "" if question.layers == EACH_BLOCK else f"-layers-{question.layers}"
     data = options.data.removesuffix(".jsonl").replace("/", "-").strip("-.")
     seed = f"-seed{options.seed}" if options.seed else ""
-    how = f"{cut}-{asked_positions(options).replace(':', '-')}{layers}-n{options.limit}{seed}"
+    how = f"{question.cut}-{question.positions}{layers}-n{options.limit}{seed}".replace(":", "-")
     return Path("reports") / f"{checkpoint_name(checkpoint)}-{data}-{how}"
 
 

@@ -58,7 +58,7 @@ class Row:
     """"" for intact and swapped, else the blocks that were cut: "7" or "3,5-8" """
     utterance: str
     positions: str = ""
-    """speech, text, all, or "" where nothing is cut"""
+    """speech, text, all, speech:0.5-1.2, ..., or "" where nothing is cut"""
     speaker: str = ""
     nll: float
     """teacher-forced negative log-likelihood of the reference, summed, nat"""
@@ -72,7 +72,7 @@ class Row:
     insertions: int
     reference_words: int
     seconds: float
-    """wall time of transcribing, the batch's time shared out"""
+    """wall time, the batch's shared out: of transcribing, under a cut of scoring as well"""
     block_influence: float | None = None
     """1 − mean cos(h_l, h_l+1) of the intact model at the study's positions; single layers only"""
     angular_distance: float | None = None

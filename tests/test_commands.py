@@ -13,6 +13,7 @@ import torch
 import melprobe
 from melprobe import ablate
 from melprobe.analysis.protocol import answer_limit
+from melprobe.analysis.question import Question
 from melprobe.analysis.sweep import swap_partners
 from melprobe.analysis.wer import count_errors
 from melprobe.audio.load import load_utterance
@@ -21,6 +22,7 @@ from melprobe.cache import cache_dir
 from melprobe.corpus.manifest import Utterance, read_manifest, write_manifest
 from melprobe.errors import UsageError, check_writable, run
 from melprobe.report.html import render
+from melprobe.report.reading import EACH_BLOCK
 from tests.tiny import N_CLIPS as N
 from tests.tiny import N_LAYERS, tiny_checkpoint, tiny_listener, waves
 
@@ -91,6 +93,8 @@ def test_the_last_block_at_speech_positions_costs_exactly_nothing_and_says_why(s
         ("speech", "", False),
         ("prompt", "", True),
         ("prompt", "go", False),
+        ("speech:0-0.4", "", True),
+        ("speech:0.4-9", "", False),
         *[("bos", after, True) for after in ("", "go")],
         *[(kind, "go", False) for kind in ("answer", "text", "all")],
     ],
@@ -103,7 +107,10 @@ def test_the_last_block_is_unread_just_where_its_skip_is_exactly_free(positions,
     with lm.skip({N_LAYERS - 1}, positions):
         free = torch.equal(lm.score(clips, texts).nll, plain)
     assert free is unread
-    assert ablate.unread_block(lm, positions) == (str(N_LAYERS - 1) if unread else None)
+    question = Question("skip", positions, "3")
+    found = question.unread_block(lm.processor, N_LAYERS, clips)
+    assert found == (str(N_LAYERS - 1) if unread else None)
+    assert question._replace(cut="bypass").unread_block(lm.processor, N_LAYERS, clips) is None
 
 
 def test_an_untrained_model_does_not_pass_the_listening_gate(sweep):
@@ -153,7 +160,7 @@ def test_a_set_of_layers_is_one_condition(folder):
     [
         ("--knockout", "knock-out", "knocked out"),
         ("--bypass-layers", "bypass", "bypassed"),
-        ("--without-lora", "without-lora", "run without its LoRA"),
+        ("--without-lora", "without-lora", "run without LoRA"),
     ],
 )
 def test_other_cuts_have_rows_scores_and_words_of_their_own(folder, option, cut, says):
@@ -190,11 +197,17 @@ def test_a_study_says_what_the_model_does_under_the_same_cut(folder, sweep):
         (["--without-lora", "--positions", "text"], "LoRA goes off at all positions"),
         (["--skip-layers", "2,9"], "layers 9: this model has blocks 0 to 3"),
         (["--skip-layers", ""], "is not a number"),
-        (["--skip-layers", "windows:9"], "take windows:N with N from 1 to 4"),
+        (["--skip-layers", "windows:9"], "take windows:N with N from 2 to 3"),
         (["--skip-layers", "windows"], "is not a number"),
         (["--skip-layers", "--positions", "vowels"], "there are bos, prompt, speech"),
         (["--skip-layers", "--positions", "speech:2-1"], "give seconds from and to"),
         (["--skip-layers", "--positions", "speech:60-70"], "the longest clip lasts"),
+        (
+            ["--skip-layers", "--positions", "speech:0.29-0.36"],
+            "no patch of any clip",
+        ),
+        (["--knockout", "--positions", "all"], "nothing to hide them from"),
+        (["--knockout", "--positions", "text"], "nothing to hide them from"),
         (["--skip-layers", "--checkpoint", "mel-maxi"], "no checkpoint 'mel-maxi'; there is"),
         (["--skip-layers", "--data", "nowhere/test"], "nowhere/test"),
         (["--skip-layers", "--limit", "-1"], "--limit -1"),
@@ -342,6 +355,14 @@ def test_the_sweep_bench_can_do_without_transcripts_and_rivals(folder, capsys):
     bench.main(["sweep", "--json", *words, "--nll-only", "--rivals", "hf", "--layers", "1-2"])
     figures = json.loads(capsys.readouterr().out)
     assert figures["rows"] == 2 * N and "ratio_nnsight" not in figures
+    assert figures["identical"] is None
+
+
+def test_a_rival_that_is_not_installed_is_named(folder, monkeypatch):
+    monkeypatch.setattr("melprobe.bench.sweep.find_spec", lambda name: None)
+    words = ["--checkpoint", str(folder / "model"), "--data", str(folder / "data.jsonl")]
+    with pytest.raises(UsageError, match="--rivals nnsight: `pip install nnsight`"):
+        bench.main(["sweep", *words])
 
 
 @pytest.mark.parametrize(
@@ -360,3 +381,23 @@ def test_series_of_sets_are_cut_in_turn(folder, layers, sets):
     assert set(rows[rows.condition == "skip"].layer) == set(sets)
     page = (run / "report.html").read_text()
     assert ("in turn" if layers == "windows:3" else "and so on") in page
+
+
+def test_clips_too_short_for_the_seconds_asked_about_are_left_out_and_listed(folder):
+    run = folder / "seconds"
+    ablate.main(
+        arguments(folder, "--skip-layers", "1", "--positions", "speech:0.7-9", "--out", str(run))
+    )
+    found, rows = results(run), pd.read_parquet(run / "rows.parquet")
+    assert 0 < found["n_utterances"] < N and len(found["data"]["left_out"]) == N - len(
+        set(rows.utterance)
+    )
+    assert (rows[rows.condition == "skip"].kl > 0).all()
+
+
+def test_lora_can_only_be_switched_off_where_there_is_some():
+    question = Question("without-lora", "all", EACH_BLOCK)
+    assert question.layer_sets(4, [0, 2]) == [[0], [2]]
+    for layers, there in (("1", [0, 2]), ("suffixes", [0, 2]), (EACH_BLOCK, [])):
+        with pytest.raises(UsageError, match=r"--without-lora.*LoRA"):
+            question._replace(layers=layers).layer_sets(4, there)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from melprobe.errors import UsageError
 from melprobe.hooks.layers import decoder_blocks
 from melprobe.hooks.replay import Replay
 from melprobe.model.inference import greedy_ids
@@ -56,6 +57,45 @@ def test_skips_reuse_all_blocks_up_to_their_own(lm, clips, replay, layer, positi
 def test_hidden_positions_reuse_the_blocks_below(lm, clips, replay, layers, name, positions):
     with getattr(lm, name)(layers, positions):
         same(lm, clips, replay.hear(min(layers)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rounding_alone_changes_no_answer(seed):
+    """In bf16 a wide pass and decoding step by step prefer different tokens now and then."""
+    lm = tiny_listener(seed)
+    lm.model.to(torch.bfloat16)
+    clips = waves(*np.random.default_rng(0).uniform(0.3, 1.6, 40))
+    replay = Replay(lm.model, lm.processor, clips, ["one"] * 40, LIMIT)
+    assert (replay.preferred != replay.drafts)[replay.drafts >= 0].any()
+    assert replay.hear(N_LAYERS).answers == replay.intact.answers
+    with lm.skip({N_LAYERS - 1}, "speech"):
+        assert replay.hear(N_LAYERS).answers == replay.intact.answers
+
+
+@pytest.mark.parametrize("positions", ["speech", "text", "answer", "all"])
+def test_how_blocks_turn_the_residual_is_that_of_teacher_forcing(lm, clips, replay, positions):
+    with lm.watch_blocks(positions) as watched:
+        lm.score(clips, TEXTS)
+    for layer, (cosine, angle) in enumerate(replay.block_change(positions)):
+        assert torch.allclose(cosine, watched.cosine[layer][0], atol=1e-5)
+        assert torch.allclose(angle, watched.angle[layer][0], atol=1e-4)
+
+
+def test_room_is_counted_by_place_not_by_width(lm, clips):
+    """Reference and draft share their places."""
+    small = tiny_listener()
+    prompt = small.processor(clips)["input_ids"].shape[1]
+    small.model.config.text_config.max_position_embeddings = prompt + LIMIT
+    Replay(small.model, small.processor, clips, TEXTS, LIMIT)
+    with pytest.raises(UsageError, match="the decoder has"):
+        Replay(small.model, small.processor, clips, TEXTS, LIMIT + 1)
+
+
+def test_a_sliding_window_that_the_batch_would_not_fit_is_refused(lm, clips, monkeypatch):
+    config = lm.model.get_decoder().config
+    monkeypatch.setattr(config, "sliding_window", 20, raising=False)
+    with pytest.raises(UsageError, match="sliding window sees 20"):
+        Replay(lm.model, lm.processor, clips, TEXTS, LIMIT)
 
 
 def test_nothing_is_left_behind(lm, replay):

@@ -285,17 +285,33 @@ def test_headline_of_suffixes_says_how_far_one_can_go():
     sets = [3, "2-3", "1-3", "0-3"]
     text = plain(reading.headline(run_of(sets, [0.0, 0.01, 0.4, 1.2], "suffixes")))
     assert text == (
-        "At speech positions blocks 2–3 skipped together costs less than d = 0.05, whole band "
-        "included; with one block more it costs more (d = 0.40)."
+        "At speech positions blocks 2–3 can be skipped together for less than d = 0.05, whole band "
+        "included; blocks 1–3 cost more (d = 0.40)."
     )
-    text = plain(reading.headline(run_of(sets, [0.3, 0.4, 0.4, 1.2], "suffixes")))
-    assert text.startswith("At speech positions the highest block cannot go: block 3 skipped costs")
+    results = run_of(sets, [0.0, 0.4, 0.4, 1.2], "suffixes")
+    results["layers"][0]["zero_by_construction"] = True
+    assert plain(reading.headline(results)) == (
+        "At speech positions the data show no run of blocks that can be skipped together for less "
+        "than d = 0.05; blocks 2–3 cost more (d = 0.40); block 3 costs nothing by construction, "
+        "which is no finding."
+    )
 
 
 def test_headline_of_windows_counts_them():
     results = run_of(["0-1", "1-2", "2-3"], [1.2, 0.3, 0.01], "windows:2")
     assert plain(reading.headline(results)) == (
-        "At speech positions 2 of 3 runs of neighbouring blocks, each skipped together, cost more "
-        "than the margin of 0.05, 1 less and 0 stay undecided; blocks 0–1 most (d = 1.20) and "
-        "blocks 2–3 least (d = 0.01)."
+        "At speech positions, of 3 runs of neighbouring blocks, each skipped together, 2 cost more "
+        "than the margin of 0.05, 1 less, and 0 stay undecided; most blocks 0–1 (d = 1.20), least "
+        "blocks 2–3 (d = 0.01)."
     )
+
+
+def test_headline_without_lora_speaks_of_lora():
+    results = as_set(0.3)
+    results["question"] = {"cut": "without-lora", "positions": "all", "layers": "3,5-8"}
+    text = plain(reading.headline(results))
+    assert text.startswith("Switching LoRA off in blocks 3, 5–8 at all positions takes the model")
+    results = synthetic_results([0.001] * 5)
+    results["question"]["cut"], results["layers"] = "without-lora", results["layers"][:-1]
+    text = plain(reading.headline(results))
+    assert text.startswith("No single block’s LoRA is needed: switching LoRA off in any one of")

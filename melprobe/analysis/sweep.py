@@ -6,27 +6,27 @@ row by row into the store, so that a study which was stopped goes on.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from melprobe.analysis.question import CutName
 from melprobe.analysis.wer import count_errors, normalise
 from melprobe.audio.mel import frame_count
 from melprobe.audio.patches import patch_count
 from melprobe.corpus.manifest import Utterance
+from melprobe.corpus.text import plain_text
 from melprobe.errors import UsageError
-from melprobe.hooks.cuts import BlockChange
 from melprobe.hooks.layers import format_layers
 from melprobe.hooks.replay import Heard, Replay
 from melprobe.listener import Listener
 from melprobe.model.inference import AnswerScores, batches_by_length
+from melprobe.model.processor import MelLLMProcessor
 from melprobe.store import Key, Row, RowStore
 
-CutName = Literal["skip", "knock-out", "bypass", "without-lora"]
-# What the text and the prompt add to a clip's patches, roughly, when batches are cut.
-_TEXT_POSITIONS = 24
+# What the prompt adds to a clip's patches, roughly, when batches are cut.
+_PROMPT_POSITIONS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +45,14 @@ class LayerStudy:
     batch_positions: int = 2048
     """Padded sequence positions in a batch: bounds memory."""
 
-    def batches(self, frames_per_patch: int) -> list[list[int]]:
+    def batches(self, processor: MelLLMProcessor) -> list[list[int]]:
+        """Clips of like length together, with room for prompt, reference and draft."""
         lengths = [
-            patch_count(frame_count(len(wave)), frames_per_patch) + _TEXT_POSITIONS
-            for wave in self.waves
+            patch_count(frame_count(len(wave)), processor.frames_per_patch)
+            + _PROMPT_POSITIONS
+            + len(processor.answer_ids(plain_text(u.text)))
+            + self.max_new_tokens
+            for u, wave in zip(self.utterances, self.waves, strict=True)
         ]
         return list(batches_by_length(lengths, self.batch_positions))
 
@@ -75,7 +79,7 @@ def run_layer_study(
 ) -> None:
     """Fill `store` with the rows that are missing; `advance(n)` hears of each n rows done."""
     done = store.done()
-    for batch in study.batches(listener.model.config.frames_per_patch):
+    for batch in study.batches(listener.processor):
         _Batch(listener, study, batch).fill(store, done, advance)
 
 
@@ -102,8 +106,8 @@ class _Batch:
         if not missing:
             return
         limit = self.study.max_new_tokens
-        with self.listener.watch_blocks(self.study.positions) as change:
-            replay = self.listener.replay(self.waves, self.texts, limit)
+        replay = self.listener.replay(self.waves, self.texts, limit)
+        change = replay.block_change(self.study.positions)
         sets = {format_layers(layers): layers for layers in self.study.layer_sets}
         for condition, label in missing:
             if condition == "intact":
@@ -171,11 +175,9 @@ class _Batch:
         return rows
 
 
-def _turned(change: BlockChange, label: str) -> tuple[Tensor, Tensor] | None:
+def _turned(change: list[tuple[Tensor, Tensor]], label: str) -> tuple[Tensor, Tensor] | None:
     """(B,) cosine and angle of a single block; a set of blocks has none."""
-    if not label.isdecimal():
-        return None
-    return change.cosine[int(label)][0], change.angle[int(label)][0]
+    return change[int(label)] if label.isdecimal() else None
 
 
 def _kl_per_clip(intact: AnswerScores, other: AnswerScores) -> Tensor:

@@ -2,9 +2,9 @@
 
 Every contestant gives, for each block skipped alone at speech positions, the likelihood of every
 reference and every greedy transcript. Each has the batch size that is fastest for it on the first
-blocks; features are made beforehand. Times are worth something only if the transcripts agree:
-where two differ, the gap between the two best tokens at that place is held against the noise of
-batching.
+blocks. The others' features are made before the clock starts, ours are not. Times are worth
+something only if the transcripts agree: where two differ, the gap between the two best tokens at
+that place is held against the noise of batching.
 """
 
 import copy
@@ -12,8 +12,8 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from transformers import BatchFeature
 
 from melprobe.corpus.text import plain_text
+from melprobe.errors import UsageError
 from melprobe.listener import Listener
 from melprobe.model.config import token_ids_only
 from melprobe.model.inference import score_tokens
@@ -48,25 +49,23 @@ class Study:
     layers: Sequence[int]
     max_new_tokens: int
     """0 for likelihoods alone"""
+    features: dict[tuple[int, ...], tuple[BatchFeature, BatchFeature]] = field(default_factory=dict)
+    """What `inputs` has made, by batch."""
 
     def batches(self, size: int) -> list[list[int]]:
         """Clips of like length together."""
         order = np.argsort([len(wave) for wave in self.waves], kind="stable").tolist()
         return [order[i : i + size] for i in range(0, len(order), size)]
 
-    @cached_property
-    def _cache(self) -> dict[tuple[int, ...], tuple[BatchFeature, BatchFeature]]:
-        return {}
-
     def inputs(self, batch: Sequence[int]) -> tuple[BatchFeature, BatchFeature]:
         """Prompts with references and prompts alone, of these clips."""
-        if (key := tuple(batch)) not in self._cache:
+        if (key := tuple(batch)) not in self.features:
             lm = self.listener
             waves = [self.waves[i] for i in batch]
             texts = [plain_text(self.texts[i]) for i in batch]
             pair = (lm.processor(waves, texts), lm.processor(waves))
-            self._cache[key] = tuple(part.to(lm.model.device) for part in pair)  # type: ignore[assignment]
-        return self._cache[key]
+            self.features[key] = tuple(part.to(lm.model.device) for part in pair)  # type: ignore[assignment]
+        return self.features[key]
 
     def speech(self, inputs: BatchFeature) -> Tensor:
         """(B, S, 1) bool."""
@@ -179,6 +178,7 @@ def transformer_lens(study: Study, batches: Sequence[Sequence[int]]) -> Found:
     return _by_forward_passes(study, batches, run)
 
 
+PACKAGES = {"nnsight": "nnsight", "transformerlens": "transformer_lens"}
 RIVALS: dict[str, Contestant] = {
     "hf": hooks,
     "nnsight": nnsight,
@@ -190,10 +190,18 @@ RIVALS: dict[str, Contestant] = {
 def bench_sweep(
     study: Study, rivals: Sequence[str], tell: Callable[[str], None]
 ) -> dict[str, object]:
-    """Seconds of each contestant, ratios, and whether all say the same; see the issue's goals.
+    """Seconds of each contestant, ratios, and whether all say the same.
+
+    `identical` is None where no transcripts were compared. UsageError for a rival that is not
+    installed.
 
     tell: hears one line for each contestant that is done.
     """
+    for name in rivals:
+        package = PACKAGES.get(name)
+        if package and not find_spec(package):
+            how = f"pip install {package.replace('_', '-')}"
+            raise UsageError(f"--rivals {name}: `{how}`, or leave it out")
     with _only_token_ids(study.listener):
         seconds, sizes, found = {}, {}, {}
         contestants = {"ours": ours, **{name: RIVALS[name] for name in rivals}}
@@ -211,7 +219,7 @@ def bench_sweep(
             (name, *key)
             for name in rivals
             for key, answer in found["ours"].answers.items()
-            if found[name].answers.get(key, answer) != answer
+            if study.max_new_tokens and found[name].answers[key] != answer
         ]
         gaps = [_gap(study, found["ours"], found[name], *place) for name, *place in differing]
         noise = _batch_noise(study) if differing else 0.0
@@ -227,7 +235,7 @@ def bench_sweep(
         "seconds": round(seconds["ours"], 2),
         **{f"ratio_{name}": round(seconds[name] / seconds["ours"], 2) for name in rivals},
         **parts,
-        "identical": not differing,
+        "identical": not differing if rivals and study.max_new_tokens else None,
         "differing_rows": len(differing),
         "largest_gap": round(max(gaps, default=0.0), 4),
         "batch_noise": round(noise, 4),
@@ -244,9 +252,7 @@ def bench_sweep(
 
 def _best_size(study: Study, contestant: Contestant) -> int:
     """The fastest batch size on a few blocks, which also warms everything up."""
-    trial = Study(
-        study.listener, study.waves, study.texts, study.layers[:TRIAL_BLOCKS], study.max_new_tokens
-    )
+    trial = replace(study, layers=study.layers[:TRIAL_BLOCKS])
     times = {}
     for size in sorted({min(size, len(study.waves)) for size in BATCH_SIZES}):
         contestant(trial, trial.batches(size)[:1])  # the first call of a shape costs more

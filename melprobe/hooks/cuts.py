@@ -16,13 +16,14 @@ Hooks are put in front of all others, so whoever else listens hears the changed 
 Shapes: B batch, S sequence positions that a pass computes, K those it can attend to, D width.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from melprobe.errors import UsageError
 from melprobe.hooks.layers import check_layers, decoder_blocks
@@ -71,23 +72,17 @@ def cut(
     blocks = decoder_blocks(model)
     chosen = check_layers(layers, len(blocks))
     parse_positions(positions)
-    decoder: Any = model.get_decoder()
-    attention = decoder.config._attn_implementation
-    if not read and attention not in _MASKED_ATTENTION:
-        raise UsageError(
-            f"attention {attention!r} can't hide positions: load the model with "
-            "attn_implementation='sdpa'"
-        )
+    if not read:
+        _check_attention(model)
 
     def keep_input(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        before, after = _residuals(args, kwargs, output)
+        before, after = residuals(args, kwargs, output)
         where = tracker.selected(positions)[..., None]
         return _with_residual(output, torch.where(where, before, after))
 
-    def hide(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def unread() -> Tensor:
         there, asking = tracker.selected_so_far(positions), tracker.selected(positions)
-        unread = there[:, None, None, :] & ~asking[:, None, :, None]  # (B, 1, S, K)
-        return args, kwargs | {"attention_mask": _hidden(kwargs.get("attention_mask"), unread)}
+        return there[:, None, None, :] & ~asking[:, None, :, None]  # (B, 1, S, K)
 
     with ExitStack() as stack:
         tracker = stack.enter_context(PositionTracker.watching(model))
@@ -98,10 +93,7 @@ def cut(
                 )
                 stack.callback(handle.remove)
             if not read:
-                handle = blocks[layer].register_forward_pre_hook(
-                    hide, with_kwargs=True, prepend=True
-                )
-                stack.callback(handle.remove)
+                stack.callback(_hide(blocks[layer], unread).remove)
         yield
 
 
@@ -134,12 +126,10 @@ def watch_blocks(
 
     def measure(layer: int) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            before, after = _residuals(args, kwargs, output)
-            cosine = F.cosine_similarity(before.float(), after.float(), dim=-1).clamp(-1, 1)
-            where = tracker.selected(positions)
-            n = where.sum(1)
-            change.cosine[layer].append((cosine * where).sum(1) / n)
-            change.angle[layer].append((cosine.arccos() / torch.pi * where).sum(1) / n)
+            before, after = residuals(args, kwargs, output)
+            cosine, angle = turn(before, after, tracker.selected(positions))
+            change.cosine[layer].append(cosine)
+            change.angle[layer].append(angle)
 
         return hook
 
@@ -151,21 +141,42 @@ def watch_blocks(
         yield change
 
 
+def turn(before: Tensor, after: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) mean cosine and angle / π between residuals (B, S, D), over the positions `where`."""
+    cosine = F.cosine_similarity(before.float(), after.float(), dim=-1).clamp(-1, 1)
+    n = where.sum(1)
+    return (cosine * where).sum(1) / n, (cosine.arccos() / torch.pi * where).sum(1) / n
+
+
 @contextmanager
 def hide_keys(model: MelLLMForConditionalGeneration, unread: Tensor) -> Iterator[None]:
     """Hide from attention in every block; `unread` (B or 1, 1, S, K) is True where hidden."""
-
-    def hide(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return args, kwargs | {"attention_mask": _hidden(kwargs.get("attention_mask"), unread)}
-
+    _check_attention(model)
     with ExitStack() as stack:
         for block in decoder_blocks(model):
-            handle = block.register_forward_pre_hook(hide, with_kwargs=True, prepend=True)
-            stack.callback(handle.remove)
+            stack.callback(_hide(block, lambda: unread).remove)
         yield
 
 
-def _residuals(args: Any, kwargs: Any, output: Any) -> tuple[Tensor, Tensor]:
+def _hide(block: nn.Module, unread: Callable[[], Tensor]) -> RemovableHandle:
+    """From now on hide from the block's attention what is `unread()` (B or 1, 1, S, K)."""
+
+    def hide(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return args, kwargs | {"attention_mask": _hidden(kwargs.get("attention_mask"), unread())}
+
+    return block.register_forward_pre_hook(hide, with_kwargs=True, prepend=True)
+
+
+def _check_attention(model: MelLLMForConditionalGeneration) -> None:
+    decoder: Any = model.get_decoder()
+    if (attention := decoder.config._attn_implementation) not in _MASKED_ATTENTION:
+        raise UsageError(
+            f"attention {attention!r} can't hide positions: load the model with "
+            "attn_implementation='sdpa'"
+        )
+
+
+def residuals(args: Any, kwargs: Any, output: Any) -> tuple[Tensor, Tensor]:
     """h_l and h_{l+1}; blocks return a tensor or a tuple that begins with one."""
     before = args[0] if args else kwargs["hidden_states"]
     return before, output[0] if isinstance(output, tuple) else output
@@ -179,13 +190,15 @@ def _hidden(mask: Tensor | None, unread: Tensor) -> Tensor:
     """An attention mask that also hides what is `unread` (B or 1, 1, S, K).
 
     mask: True where attention is allowed, or numbers added to its scores; None is causal. It may
-    be wider than K: a static cache has room for positions that don't exist yet.
+    be wider than K, since a static cache has room for positions that don't exist yet, or narrower,
+    where a sliding window has left the oldest behind.
     """
     queries, keys = unread.shape[-2:]
     if mask is None:
         allowed = torch.ones(queries, keys, dtype=torch.bool, device=unread.device)
         mask = allowed.tril(keys - queries)
-    unread = F.pad(unread, (0, mask.shape[-1] - keys))
+    unread = unread[..., -mask.shape[-1] :]
+    unread = F.pad(unread, (0, mask.shape[-1] - unread.shape[-1]))
     if mask.dtype == torch.bool:
         return mask & ~unread
     return mask.masked_fill(unread, torch.finfo(mask.dtype).min)

@@ -5,6 +5,8 @@ by zero, or by a value such as the part's mean over other clips (`watch_means`),
 adds to every clip alike and takes away what it says about this one.
 
 A head's contribution is taken before the output projection, so it is of the head's own width.
+That a part's output is what the residual gets holds for Llama and its kin, not for blocks that
+normalise it once more (Gemma 2 and 3).
 Shapes: B batch, S sequence positions, D the width of a part's contribution.
 """
 
@@ -143,10 +145,12 @@ def _check(model: MelLLMForConditionalGeneration, parts: Iterable[Part]) -> list
             raise UsageError(f"head {part.head}: blocks have heads 0 to {n_heads - 1}")
         if part.name not in ("attention", "mlp", "head"):
             raise UsageError(f"part {part.name!r}: there are attention, mlp, head")
-        for name in ("self_attn", "mlp"):
-            if not hasattr(blocks[part.layer], name):
+        for name in ("self_attn", "mlp", "self_attn.o_proj"):
+            try:
+                blocks[part.layer].get_submodule(name)
+            except AttributeError:
                 kind = type(blocks[part.layer]).__name__
-                raise UsageError(f"{kind} has no `{name}`: its parts can't be told apart")
+                raise UsageError(f"{kind} has no `{name}`: parts can't be told apart") from None
     return chosen
 
 

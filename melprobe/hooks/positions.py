@@ -100,6 +100,12 @@ def position_kinds(
     return kinds.masked_fill(~present, Kind.PADDING)
 
 
+def patches_between(start: float, stop: float, n_patches: int, frames_per_patch: int) -> list[int]:
+    """Of a clip's patches those whose middle sounds from `start` on and before `stop`, seconds."""
+    middles = [sum(patch_span(patch, frames_per_patch)) / 2 for patch in range(n_patches)]
+    return [patch for patch, middle in enumerate(middles) if start <= middle < stop]
+
+
 def selected(kinds: Tensor, positions: str, frames_per_patch: int) -> Tensor:
     """(B, S) bool: the positions that are meant, of the kinds (B, S) of whole sequences."""
     selection = parse_positions(positions)
@@ -140,11 +146,6 @@ class PositionTracker:
         self._kinds_so_far: Tensor | None = None
         self._past = 0
         self._answer_is_marked = True
-
-    @property
-    def kinds(self) -> Tensor:
-        """(B, S) for the current forward pass."""
-        return self.kinds_so_far[:, self._past :]
 
     @property
     def kinds_so_far(self) -> Tensor:

@@ -1,14 +1,16 @@
 """One batch heard once and replayed under many interventions, each for a fraction of its price.
 
 What a layer study asks of every variant is the likelihood of the references and the greedy answer.
-Three things make it cheap, and none changes what comes out:
+Three things make it cheap, and in exact arithmetic none changes what comes out:
 
 - *Prefix reuse*: below its first changed block a variant is the intact model, so those blocks hand
   out what they computed then.
 - *Two answers in one pass*: the reference and the intact model's own answer both follow the same
-  prompt, whose positions dominate; neither answer sees the other.
+  prompt, whose positions dominate; the draft does not see the reference before it.
 - *Decoding by verification*: the intact answer is the draft. If the variant's most likely tokens
   are the draft's, that is its answer too; only behind the first other token it has to decode.
+  Decoding step by step rounds otherwise than one wide pass does, so a token that the wide pass
+  prefers to the draft's even in the intact model makes no difference.
 
 Shapes: B clips, S = P + R + G positions (prompts padded on the left, references, drafts), D width,
 V vocabulary.
@@ -18,6 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -27,9 +30,10 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, DynamicCache
 
-from melprobe.hooks.cuts import hide_keys
+from melprobe.errors import UsageError
+from melprobe.hooks.cuts import hide_keys, residuals, turn
 from melprobe.hooks.layers import decoder_blocks
-from melprobe.hooks.positions import Kind, kinds_are, position_kinds
+from melprobe.hooks.positions import Kind, kinds_are, position_kinds, selected
 from melprobe.model.inference import AnswerScores, greedy_ids, score_tokens
 from melprobe.model.modelling import MelLLMForConditionalGeneration
 from melprobe.model.processor import MelLLMProcessor
@@ -82,14 +86,14 @@ class Replay:
         self.n_prompt = prompts["input_ids"].shape[1]
         self.inputs = self._inputs(prompts, processor.tokenizer.pad_token_id)
         self.kinds = self._kinds(prompts, processor.audio_token_id)
-        self.outputs: list[Tensor] = []
+        self._check_window()
+        self.residuals: list[Tensor] = []  # h_0 to h_L
         with ExitStack() as stack:
             for block in self.blocks:
-                stack.callback(block.register_forward_hook(self._keep).remove)
-            # Whoever watches the intact run is to see the references alone.
-            watched = self.kinds.clone()
-            watched[:, self._draft_start :] = Kind.PADDING
-            logits, self.cache = self._run(watched)
+                handle = block.register_forward_hook(self._keep, with_kwargs=True)
+                stack.callback(handle.remove)
+            logits, self.cache = self._run()
+        self.preferred = self._preferred(logits)
         self.intact = Heard(self._scores(logits), drafts, seconds)
 
     @torch.no_grad()
@@ -101,9 +105,9 @@ class Replay:
         """
         start = time.perf_counter()
         with ExitStack() as stack:
-            for block, output in zip(self.blocks[:reuse], self.outputs[:reuse], strict=True):
+            for block, output in zip(self.blocks[:reuse], self.residuals[1:], strict=False):
                 stack.enter_context(_giving(block, output))
-            logits, cache = self._run(self.kinds)
+            logits, cache = self._run()
         for layer in range(reuse):
             kept = self.cache.layers[layer]
             cache.update(kept.keys, kept.values, layer)
@@ -114,13 +118,34 @@ class Replay:
     def _draft_start(self) -> int:
         return self.n_prompt + self.references.shape[1]
 
-    def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.outputs.append(output[0] if isinstance(output, tuple) else output)
+    def block_change(self, positions: str) -> list[tuple[Tensor, Tensor]]:
+        """(B,) mean cosine and angle / π by which each block of the intact model turns the residual
+
+        at these positions of prompt and reference; see `melprobe.hooks.cuts.turn`.
+        """
+        where = selected(self.kinds, positions, self.model.config.frames_per_patch)
+        where[:, self._draft_start :] = False
+        return [turn(*pair, where) for pair in pairwise(self.residuals)]
+
+    def _keep(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        before, after = residuals(args, kwargs, output)
+        self.residuals += [after] if self.residuals else [before, after]
 
     def _ended(self, ids: list[int]) -> list[int]:
         """`ids` up to and with the first end token."""
         ends = [place for place, token in enumerate(ids) if token in self.end_ids]
         return ids[: ends[0] + 1] if ends else ids
+
+    def _check_window(self) -> None:
+        """A sliding window counts columns, and the draft stands a reference behind its prompt."""
+        config: Any = self.model.get_decoder().config
+        window, width = getattr(config, "sliding_window", None), self.kinds.shape[1]
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+        if window and window < width and "sliding_attention" in kinds:
+            raise UsageError(
+                f"clips with their answers take {width} positions, but this decoder's sliding "
+                f"window sees {window}: take shorter clips"
+            )
 
     def _inputs(self, prompts: BatchFeature, pad: int) -> dict[str, Tensor]:
         """Prompt, reference and draft side by side; both answers count on from the prompt."""
@@ -128,7 +153,9 @@ class Replay:
         answers = torch.cat([self.references, self.drafts], 1)
         length = present.sum(1, keepdim=True)
         counts = [torch.arange(part.shape[1]) for part in (self.references, self.drafts)]
-        ids = answers.masked_fill(answers == _NOTHING, pad)
+        # No audio stands in an answer, even where a model writes its placeholder.
+        ids = answers.masked_fill(answers == self.model.config.audio_token_id, 0)
+        ids = ids.masked_fill(answers == _NOTHING, pad)
         return {
             **prompts,
             "input_ids": torch.cat([prompts["input_ids"], ids], 1),
@@ -144,12 +171,12 @@ class Replay:
             [before, self.inputs["attention_mask"][:, self.n_prompt :] * Kind.ANSWER], 1
         )
 
-    def _run(self, kinds: Tensor) -> tuple[Tensor, DynamicCache]:
+    def _run(self) -> tuple[Tensor, DynamicCache]:
         """Logits (B, 1 + R + G, V) from the prompt's last position on, and the cache."""
-        cache, width = DynamicCache(), kinds.shape[1]
-        unread = torch.zeros(width, width, dtype=torch.bool, device=kinds.device)
+        cache, width = DynamicCache(), self.kinds.shape[1]
+        unread = torch.zeros(width, width, dtype=torch.bool, device=self.kinds.device)
         unread[self._draft_start :, self.n_prompt : self._draft_start] = True
-        with hide_keys(self.model, unread[None, None]), kinds_are(kinds):
+        with hide_keys(self.model, unread[None, None]), kinds_are(self.kinds):
             output = self.model(
                 **self.inputs,
                 past_key_values=cache,
@@ -166,10 +193,8 @@ class Replay:
         """Greedy answers: the drafts where they hold, decoded from the first other token on."""
         if not self.max_new_tokens:
             return [[] for _ in self.drafts]
-        first = self.references.shape[1] + 1
-        before = torch.cat([logits[:, :1], logits[:, first : first + self.drafts.shape[1] - 1]], 1)
-        chosen = before.argmax(-1)
-        other = (chosen != self.drafts) & (self.drafts != _NOTHING)
+        chosen = self._preferred(logits)
+        other = (chosen != self.drafts) & (chosen != self.preferred) & (self.drafts != _NOTHING)
         answers = [ids[ids != _NOTHING].tolist() for ids in self.drafts]
         rows = other.any(1).nonzero()[:, 0]
         for row in rows.tolist():
@@ -177,6 +202,12 @@ class Replay:
             answers[row] = [*answers[row][:place], int(chosen[row, place])]
         self._decode([answers[row] for row in rows.tolist()], rows, cache)
         return answers
+
+    def _preferred(self, logits: Tensor) -> Tensor:
+        """(B, G) the most likely token at each place of the draft."""
+        first = self.references.shape[1] + 1
+        before = [logits[:, :1], logits[:, first : first + max(0, self.drafts.shape[1] - 1)]]
+        return torch.cat(before, 1)[:, : self.drafts.shape[1]].argmax(-1)
 
     def _decode(self, answers: list[list[int]], rows: Tensor, cache: DynamicCache) -> None:
         """Write the answers of these rows on to their ends, in place."""

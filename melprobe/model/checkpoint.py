@@ -151,6 +151,17 @@ def read_config(folder: Path) -> MelLLMConfig:
     return MelLLMConfig.from_pretrained(folder)
 
 
+def lora_blocks(folder: Path, n_layers: int) -> list[int]:
+    """The blocks that a checkpoint's adapter changes; none when it was tuned whole."""
+    if not (folder / ADAPTER).is_file():
+        return []
+    lora = _read_settings(folder)["lora"]
+    if lora is None:
+        return []
+    layers = lora.get("layers_to_transform")
+    return list(range(n_layers)) if layers is None else sorted(layers)
+
+
 def _read_settings(folder: Path) -> dict[str, Any]:
     settings = read_json(folder / SETTINGS)
     if missing := {"feature_extractor", "before", "after", "lora"} - settings.keys():

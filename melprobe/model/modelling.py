@@ -134,7 +134,7 @@ class MelLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs_embeds = self.embed(input_ids, input_features, feature_attention_mask)
         rows, width, _ = inputs_embeds.shape
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        self._check_room(rows, past + width, attention_mask, feature_attention_mask)
+        self._check_room(rows, past + width, position_ids, attention_mask, feature_attention_mask)
         if position_ids is None and attention_mask is not None and past_key_values is None:
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
         if self.config.audio_attention == "bidirectional" and input_features is not None:
@@ -169,14 +169,23 @@ class MelLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
 
     def _check_room(
-        self, rows: int, width: int, attention_mask: Any, feature_attention_mask: Tensor | None
+        self,
+        rows: int,
+        width: int,
+        position_ids: Tensor | None,
+        attention_mask: Any,
+        feature_attention_mask: Tensor | None,
     ) -> None:
         """Past its last position a decoder still answers, but garbage: UsageError instead."""
         limit = getattr(self.config.text_config, "max_position_embeddings", None)
         if limit is None or width <= limit:
             return
-        padded = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
-        for row, used in enumerate(attention_mask.sum(1).tolist() if padded else [width] * rows):
+        taken = [width] * rows
+        if position_ids is not None:
+            taken = (position_ids.amax(1) + 1).expand(rows).tolist()
+        elif isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+            taken = attention_mask.sum(1).tolist()
+        for row, used in enumerate(taken):
             if used > limit:
                 seconds = ""
                 if feature_attention_mask is not None:

@@ -31,13 +31,22 @@ class Cut(NamedTuple):
     verb: str
     ing: str
     done: str
+    spared: str
+    """What isn't needed where the cut costs nothing."""
 
 
 CUTS = {
-    "skip": Cut("skip", "skipping", "skipped"),
-    "knock-out": Cut("knock out", "knocking out", "knocked out"),
-    "bypass": Cut("bypass", "bypassing", "bypassed"),
-    "without-lora": Cut("no LoRA in", "switching LoRA off in", "run without its LoRA"),
+    "skip": Cut("skip", "skipping", "skipped", "No single block is needed {}"),
+    "knock-out": Cut(
+        "knock out", "knocking out", "knocked out", "No single block’s reading is needed {}"
+    ),
+    "bypass": Cut("bypass", "bypassing", "bypassed", "No single block is needed {}"),
+    "without-lora": Cut(
+        "no LoRA in",
+        "switching LoRA off in",
+        "run without LoRA",
+        "No single block’s LoRA is needed",
+    ),
 }
 
 
@@ -100,8 +109,8 @@ def headline(results: Results) -> str:
         parts = [f"Nothing to find {where}"]
     elif len(groups["open"]) == len(counted):
         parts = [
-            f"{where.capitalize()} the data don’t decide about {names(counted)}: "
-            f"every band reaches across the margin {equals(margin)}"
+            f"{_sentence(where)} the data don’t decide about {names(counted)}: "
+            f"no band lies on one side of the margin {equals(margin)}"
         ]
     else:
         parts = _costly(groups["costly"], where, margin)
@@ -115,7 +124,7 @@ def headline(results: Results) -> str:
 
 
 def _set_headline(layer: Layer, how: Cut, where: str, margin: float) -> str:
-    skipped = f"{how.ing.capitalize()} {names([layer])} {where}"
+    skipped = _sentence(f"{how.ing} {names([layer])} {where}")
     if layer["zero_by_construction"]:
         return f"{skipped} costs nothing by construction, which is no finding."
     if layer["damage_ci"] is None:
@@ -134,34 +143,40 @@ def _set_headline(layer: Layer, how: Cut, where: str, margin: float) -> str:
 
 def _series_headline(results: Results) -> str:
     """Of runs of blocks: how many can go; of prefixes and suffixes: how far one can go."""
-    where, margin, layers = place(results), results["margin"]["damage"], results["layers"]
-    kinds = [outcome(layer, margin) for layer in layers]
-    done, below = cut(results).done, f"costs less than {equals(margin)}, whole band included"
+    where, margin = _sentence(place(results)), results["margin"]["damage"]
+    counted = [layer for layer in results["layers"] if not layer["zero_by_construction"]]
+    built_in = [layer for layer in results["layers"] if layer["zero_by_construction"]]
+    after = "."
+    if built_in:
+        after = f"; {names(built_in)} costs nothing by construction, which is no finding."
+    kinds = [outcome(layer, margin) for layer in counted]
+    done = cut(results).done
     if series(results) == "windows":
-        ordered = by_damage(layers)
-        ends = " and ".join(
-            f"{names([layer])} {which} ({equals(number(layer['damage']))})"
+        ordered = by_damage(counted)
+        ends = ", ".join(
+            f"{which} {names([layer])} ({equals(number(layer['damage']))})"
             for layer, which in ((ordered[0], "most"), (ordered[-1], "least"))
         )
-        spare = sum(kind in ("spare", "built-in") for kind in kinds)
         return (
-            f"{where.capitalize()} {kinds.count('costly')} of {len(layers)} runs of neighbouring "
-            f"blocks, each {done} together, cost more than the margin of {number(margin)}, {spare} "
-            f"less and {kinds.count('open')} stay undecided; {ends}."
+            f"{where}, of {len(counted)} runs of neighbouring blocks, each {done} together, "
+            f"{kinds.count('costly')} cost more than the margin of {number(margin)}, "
+            f"{kinds.count('spare')} less, and {kinds.count('open')} stay undecided; {ends}{after}"
         )
-    end = {"prefixes": "the lowest", "suffixes": "the highest"}[series(results)]
-    free = next((n for n, k in enumerate(kinds) if k not in ("spare", "built-in")), len(kinds))
-    if not free:
-        says = "costs more than" if kinds[0] == "costly" else "is undecided against"
-        return (
-            f"{where.capitalize()} {end} block cannot go: {names([layers[0]])} {done} {says} "
-            f"{equals(margin)} ({equals(number(layers[0]['damage']))})."
-        )
-    found = f"{where.capitalize()} {names([layers[free - 1]])} {done} together {below}"
-    if free == len(layers):
-        return f"{found}: that is all of them."
-    says = "it costs more" if kinds[free] == "costly" else "the data don’t decide"
-    return f"{found}; with one block more {says} ({equals(number(layers[free]['damage']))})."
+    free = next((n for n, kind in enumerate(kinds) if kind != "spare"), len(kinds))
+    if free:
+        gone = names([counted[free - 1]])
+        found = f"{where} {gone} can be {done} together for less than {equals(margin)}, whole band "
+        found += "included"
+    else:
+        found = f"{where} the data show no run of blocks that can be {done} together for less than "
+        found += equals(margin)
+    if free == len(kinds):
+        return f"{found}: that is all there are{after}"
+    more = names([counted[free]])
+    verb = "cost more" if kinds[free] == "costly" else "stay undecided"
+    if more.startswith("block "):
+        verb = verb.replace(" ", "s ", 1)
+    return f"{found}; {more} {verb} ({equals(number(counted[free]['damage']))}){after}"
 
 
 def _costly(costly: Sequence[Layer], where: str, margin: float) -> list[str]:
@@ -172,11 +187,11 @@ def _costly(costly: Sequence[Layer], where: str, margin: float) -> list[str]:
     scale = f"{equals(values)} on a scale from 0, intact, to 1, deaf"
     if len(costly) > len(top):
         return [
-            f"{where.capitalize()} {len(costly)} blocks each cost more than the margin of "
+            f"{_sentence(where)} {len(costly)} blocks each cost more than the margin of "
             f"{number(margin)}, most of all {names(top, ordered=True)} ({scale})"
         ]
     verb = "costs" if len(costly) == 1 else "cost"
-    return [f"{where.capitalize()} {names(top, ordered=True)} {verb} most ({scale})"]
+    return [f"{_sentence(where)} {names(top, ordered=True)} {verb} most ({scale})"]
 
 
 def _rest(groups: dict[Outcome, list[Layer]], how: Cut, where: str, margin: float) -> list[str]:
@@ -187,15 +202,18 @@ def _rest(groups: dict[Outcome, list[Layer]], how: Cut, where: str, margin: floa
             each = "each of " if len(spare) > 1 else ""
             parts.append(f"{each}{names(spare)}, {how.done} alone, {below}")
         elif undecided:
-            parts.append(f"{where.capitalize()} {how.ing} any one of {names(spare)} {below}")
+            parts.append(f"{_sentence(where)} {how.ing} any one of {names(spare)} {below}")
         else:
-            parts.append(
-                f"No single block is needed {where}: {how.ing} any one of {names(spare)} {below}"
-            )
+            parts.append(f"{how.spared.format(where)}: {how.ing} any one of {names(spare)} {below}")
     if undecided:
         verb = "stay" if len(undecided) > 1 else "stays"
         parts.append(f"{names(undecided)} {verb} undecided")
     return parts
+
+
+def _sentence(text: str) -> str:
+    """With a capital letter in front; `str.capitalize` would make "lora" of LoRA."""
+    return text[:1].upper() + text[1:]
 
 
 def place(results: Results) -> str:

@@ -21,7 +21,7 @@ Interval = tuple[FiniteFloat, FiniteFloat]
 class Question(TypedDict):
     cut: Literal["skip", "knock-out", "bypass", "without-lora"]
     positions: str
-    """speech, text, prompt, answer, bos or all"""
+    """speech, text, prompt, answer, bos, all, or times of speech such as speech:0.5-1.2"""
     layers: str
     """"each block in turn", "windows:4", "prefixes", "suffixes", or a set such as "3,5-8" """
 

@@ -98,6 +98,7 @@ def damage(results: Results) -> Caption:
 def errors(results: Results) -> Caption:
     baseline = results["baseline"]
     worst = max(results["layers"], key=lambda layer: layer["wer"])
+    marks = "block" if reading.series(results) == reading.EACH_BLOCK else "set of blocks"
     return Caption(
         "What it does to the words",
         "Above: the change in word error rate against the intact model "
@@ -106,7 +107,7 @@ def errors(results: Results) -> Caption:
         "shapes as in figure 1. Below: what the errors are. Many insertions mean that the answer "
         "ran in a loop "
         f"(n = {sample(results)}, {baseline['reference_words']} reference words).",
-        "Change in word error rate and kinds of errors for each block "
+        f"Change in word error rate and kinds of errors for each {marks} "
         f"{reading.cut(results).done}. Highest word error "
         f"rate: {percent(worst['wer'])} with {names([worst])}; intact model "
         f"{percent(baseline['wer'])}.",

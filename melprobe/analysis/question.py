@@ -1,0 +1,133 @@
+"""What a layer study asks: which cut, at which positions, of which blocks; and what makes no sense.
+
+Everything that can be refused is refused here, before a model has run.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from melprobe.audio.mel import frame_count
+from melprobe.audio.patches import patch_count
+from melprobe.corpus.manifest import Utterance
+from melprobe.errors import UsageError
+from melprobe.hooks.layers import parse_layers
+from melprobe.hooks.positions import Kind, parse_positions, patches_between
+from melprobe.model.processor import MelLLMProcessor
+from melprobe.report.reading import EACH_BLOCK
+
+CutName = Literal["skip", "knock-out", "bypass", "without-lora"]
+
+
+class Question(NamedTuple):
+    """As it was put on the command line."""
+
+    cut: CutName
+    positions: str
+    layers: str
+    """EACH_BLOCK, one of `reading.SERIES`, or a set such as 3,5-8."""
+
+    def layer_sets(self, n_layers: int, with_lora: Sequence[int]) -> list[list[int]]:
+        """The sets of blocks that are cut in turn; with_lora: those that an adapter changed."""
+        if self.cut == "without-lora" and not with_lora:
+            raise UsageError("--without-lora: this checkpoint has no LoRA, it was tuned whole")
+        sets = _layer_sets(self.layers, n_layers)
+        if self.cut != "without-lora":
+            return sets
+        there = [layers for layers in sets if set(layers) <= set(with_lora)]
+        if not there or (self.layers not in {EACH_BLOCK} and len(there) < len(sets)):
+            raise UsageError(
+                f"--without-lora {self.layers}: this checkpoint has LoRA in blocks "
+                f"{', '.join(map(str, with_lora))} only"
+            )
+        return there
+
+    def check(self, processor: MelLLMProcessor) -> None:
+        """UsageError where the prompt leaves nothing to ask."""
+        kinds = set(parse_positions(self.positions).kinds)
+        if self.positions == "prompt" and not processor.before + processor.after:
+            raise UsageError("positions 'prompt': this checkpoint has no words around the audio")
+        # What comes after the answer, or after the audio without words before it, is text itself.
+        last = {Kind.ANSWER} if processor.before else {Kind.ANSWER, Kind.PROMPT}
+        unread = self.positions == "all" or (Kind.ANSWER in kinds and kinds <= last)
+        if self.cut == "knock-out" and unread:
+            raise UsageError(
+                f"--knockout --positions {self.positions}: nothing else stands where these could "
+                "be read, so there is nothing to hide them from"
+            )
+
+    def unread_block(
+        self, processor: MelLLMProcessor, n_layers: int, waves: Sequence[np.ndarray]
+    ) -> str | None:
+        """The block whose skip costs nothing by construction: the last, whose output nobody reads.
+
+        None where an answer token is read off one of the positions, and for other cuts.
+        """
+        selection = parse_positions(self.positions)
+        before_answer = Kind.PROMPT if processor.after else Kind.SPEECH
+        read = bool({before_answer, Kind.ANSWER} & set(selection.kinds))
+        if selection.seconds and before_answer is Kind.SPEECH:
+            rate = processor.frames_per_patch
+            read = any(
+                patch_count(frame_count(len(wave)), rate) - 1 in self._patches(wave, rate)
+                for wave in waves
+            )
+        return None if self.cut != "skip" or read else str(n_layers - 1)
+
+    def without_patches(
+        self, utterances: Sequence[Utterance], waves: Sequence[np.ndarray], frames_per_patch: int
+    ) -> list[int]:
+        """Places of clips in which nothing sounds in the seconds that are asked about.
+
+        UsageError when that is all of them.
+        """
+        if parse_positions(self.positions).seconds is None:
+            return []
+        silent = [i for i, wave in enumerate(waves) if not self._patches(wave, frames_per_patch)]
+        if len(silent) == len(waves):
+            longest = max(u.duration for u in utterances)
+            raise UsageError(
+                f"positions {self.positions!r}: no patch of any clip has its middle there; the "
+                f"longest clip lasts {longest:.2f} s"
+            )
+        return silent
+
+    def _patches(self, wave: np.ndarray, frames_per_patch: int) -> list[int]:
+        seconds = parse_positions(self.positions).seconds
+        n = patch_count(frame_count(len(wave)), frames_per_patch)
+        return patches_between(*seconds, n, frames_per_patch) if seconds else list(range(n))
+
+
+def asked(options: Any, cuts: dict[str, CutName]) -> Question:
+    """The question in parsed options, of which one names a cut; cuts: option to name of the cut."""
+    given = {
+        cut: layers
+        for option, cut in cuts.items()
+        if (layers := getattr(options, option.removeprefix("--").replace("-", "_"))) is not None
+    }
+    ((cut, layers),) = given.items()
+    if cut != "without-lora":
+        question = Question(cut, options.positions or "speech", layers)
+    elif options.positions in (None, "all"):
+        question = Question(cut, "all", layers)
+    else:
+        raise UsageError("--without-lora: LoRA goes off at all positions; leave --positions out")
+    parse_positions(question.positions)
+    return question
+
+
+def _layer_sets(text: str, n_layers: int) -> list[list[int]]:
+    if text == EACH_BLOCK:
+        return [[layer] for layer in range(n_layers)]
+    if text == "prefixes":
+        return [list(range(n)) for n in range(1, n_layers + 1)]
+    if text == "suffixes":
+        return [list(range(n_layers - n, n_layers)) for n in range(1, n_layers + 1)]
+    if text.startswith("windows:"):
+        size = text.removeprefix("windows:")
+        if not (size.isascii() and size.isdecimal() and 2 <= int(size) < n_layers):
+            raise UsageError(f"layers {text!r}: take windows:N with N from 2 to {n_layers - 1}")
+        width = int(size)
+        return [list(range(first, first + width)) for first in range(n_layers - width + 1)]
+    return [parse_layers(text, n_layers)]
