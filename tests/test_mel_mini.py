@@ -1,0 +1,70 @@
+"""The shipped mel-mini does what its card says, on voices that its training never heard."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import melprobe
+from melprobe import ablate
+from melprobe.analysis.sweep import swap_partners
+from melprobe.analysis.wer import corpus_wer, count_errors
+from melprobe.audio.load import load_utterance
+from melprobe.corpus.manifest import read_manifest
+
+WORDS = Path(__file__).parent / "data" / "words.jsonl"
+LIMIT = 40
+
+
+@pytest.fixture(scope="module")
+def listener():
+    return melprobe.load("mel-mini", device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def clips():
+    utterances = read_manifest(WORDS)
+    return utterances, [load_utterance(u) for u in utterances]
+
+
+def wer(utterances, heard):
+    pairs = zip(utterances, heard, strict=True)
+    return corpus_wer([count_errors(u.text, text) for u, text in pairs])
+
+
+def test_it_writes_down_words_in_random_order(listener, clips):
+    utterances, waves = clips
+    assert wer(utterances, listener.transcribe(waves, LIMIT)) < 0.25  # 0.16; on 700 clips 0.19
+
+
+def test_it_writes_what_it_hears_not_what_was_asked(listener, clips):
+    utterances, waves = clips
+    swapped = [waves[i] for i in swap_partners(utterances)]
+    assert wer(utterances, listener.transcribe(swapped, LIMIT)) > 0.9
+
+
+def test_skipping_changes_what_a_trained_model_hears_and_leaves_no_trace(listener, clips):
+    utterances, waves = clips
+    intact = listener.transcribe(waves, LIMIT)
+    with listener.skip({0}, positions="speech"):
+        assert wer(utterances, listener.transcribe(waves, LIMIT)) > 0.5
+    with listener.skip({listener.n_layers - 1}, positions="speech"):
+        assert listener.transcribe(waves, LIMIT) == intact
+    assert listener.transcribe(waves, LIMIT) == intact
+
+
+def test_a_padded_batch_hears_what_each_clip_alone_does(listener, clips):
+    _, waves = clips
+    alone = [listener.transcribe([wave], LIMIT)[0] for wave in waves[:4]]
+    assert listener.transcribe(waves[:4], LIMIT) == alone
+
+
+def test_its_layer_study_passes_the_gate(tmp_path):
+    words = ["--checkpoint", "mel-mini", "--data", str(WORDS), "--limit", "0", "--device", "cpu"]
+    ablate.main(["--skip-layers", *words, "--out", str(tmp_path / "run")])
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert found["gate"]["passed"]
+    first, *_, last = found["layers"]
+    assert first["damage"] == max(layer["damage"] for layer in found["layers"])
+    assert first["delta_nll_ci"][0] > 1 and last["damage"] == 0
