@@ -20,8 +20,8 @@ EACH_BLOCK = "each block in turn"
 # Series of sets, and which block of a set stands for it on an axis.
 SERIES = {
     "windows": "first of {} neighbouring blocks",
-    "prefixes": "highest of the blocks from 0 on",
-    "suffixes": "lowest of the blocks up to the last",
+    "prefixes": "highest of the bottom blocks",
+    "suffixes": "lowest of the top blocks",
 }
 
 

@@ -36,8 +36,8 @@ EFFECTS = {
 }
 SETS = {
     "windows": "each run of {0} neighbouring blocks is {1} in turn",
-    "prefixes": "the lowest block is {1}, then the two lowest together, and so on",
-    "suffixes": "the highest block is {1}, then the two highest together, and so on",
+    "prefixes": "the lowest block is {1}, then the two lowest together, and so on,",
+    "suffixes": "the highest block is {1}, then the two highest together, and so on,",
 }
 PLACES = {
     "speech": "at the positions that hold sound{}, and there only",
