@@ -171,3 +171,18 @@ def write_run(run_dir: Path, results: Results, *, reference: str | None = None) 
         store.add(rows)
         store.export_parquet(run_dir / "rows.parquet")
     return run_dir
+
+
+def plain(text: str) -> str:
+    """With spaces that may break."""
+    return text.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def as_set(damage: float, **changes) -> Results:
+    """A study of one set of blocks."""
+    results = synthetic_results(sweep_damages())
+    results["question"]["layers"] = "3,5-8"
+    nothing = {"block_influence": None, "angular_distance": None}
+    rng = np.random.default_rng(0)
+    results["layers"] = [synthetic_layer("3,5-8", damage, rng, **nothing, **changes)]
+    return results

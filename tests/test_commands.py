@@ -1,9 +1,7 @@
-"""The layer-skip study and the bench as a user runs them; good input and bad."""
+"""The layer study as a user runs it; good input and bad."""
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import pandas as pd
@@ -17,22 +15,12 @@ from melprobe.analysis.question import Question
 from melprobe.analysis.sweep import swap_partners
 from melprobe.analysis.wer import count_errors
 from melprobe.audio.load import load_utterance
-from melprobe.bench import __main__ as bench
-from melprobe.cache import cache_dir
 from melprobe.corpus.manifest import Utterance, read_manifest, write_manifest
-from melprobe.errors import UsageError, check_writable, run
+from melprobe.errors import UsageError
 from melprobe.report.html import render
 from melprobe.report.reading import EACH_BLOCK
 from tests.tiny import N_CLIPS as N
-from tests.tiny import N_LAYERS, tiny_checkpoint, tiny_listener, waves
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """An untrained adapter checkpoint in `model`, and a manifest of noise with texts."""
-    place = tmp_path_factory.mktemp("commands")
-    tiny_checkpoint(place)
-    return place
+from tests.tiny import N_LAYERS, tiny_listener, waves
 
 
 @pytest.fixture(scope="module")
@@ -282,87 +270,6 @@ def test_a_refused_study_leaves_no_folder(folder, tmp_path, texts):
     with pytest.raises(UsageError, match="needs two clips with different words"):
         ablate.main(command)
     assert not (tmp_path / "a").exists()
-
-
-def complaint(capsys, error, **options):
-    def main():
-        raise error
-
-    with pytest.raises(SystemExit) as left:
-        run(main, **options)
-    return left.value.code, capsys.readouterr().err
-
-
-def test_what_a_user_can_mend_is_one_line(capsys, tmp_path):
-    worker = "Caught in worker 0\nTraceback\nmelprobe.audio.load.BadAudio: a.wav: silent\n"
-    assert complaint(capsys, UsageError(worker)) == (2, "melprobe: a.wav: silent\n")
-    assert complaint(capsys, PermissionError(13, "Permission denied", "/x")) == (
-        2,
-        "melprobe: /x: Permission denied\n",
-    )
-    assert complaint(capsys, OSError(28, "No space left on device"))[0] == 2
-    assert complaint(capsys, KeyboardInterrupt()) == (130, "melprobe: interrupted\n")
-    assert "goes on from here" in complaint(capsys, KeyboardInterrupt(), resumable=True)[1]
-
-
-def test_a_reader_that_has_enough_ends_a_command_quietly():
-    code = "from melprobe.errors import run; run(lambda: print('x' * 100_000))"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    process.stdout.read(1)
-    process.stdout.close()
-    assert process.stderr.read() == b"" and process.wait() == 1
-
-
-def test_a_folder_that_cannot_be_written_is_named_before_any_work(tmp_path):
-    check_writable(tmp_path / "a" / "b", "--out b")
-    assert not (tmp_path / "a").exists()
-    (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="--out x: this is a file"):
-        check_writable(tmp_path / "file", "--out x")
-    with pytest.raises(UsageError, match=r"--out x: no files can be written there \(Not a dir"):
-        check_writable(tmp_path / "file" / "run", "--out x")
-
-
-def test_a_cache_that_is_a_file_is_named(tmp_path, monkeypatch):
-    (tmp_path / "cache").touch()
-    monkeypatch.setenv("MELPROBE_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(UsageError, match="set MELPROBE_CACHE to a folder"):
-        cache_dir("corpora")
-
-
-def test_the_mel_bench_prints_what_it_promises(capsys):
-    bench.main(["mel", "--json"])
-    figures = json.loads(capsys.readouterr().out)
-    assert figures["max_error"] < 1e-3
-    assert figures["ratio_transformers"] > 2  # 5 to 7 on an idle machine
-
-
-def test_the_sweep_bench_finds_all_contestants_agreed(folder, capsys):
-    pytest.importorskip("nnsight")
-    pytest.importorskip("transformer_lens")
-    words = ["--checkpoint", str(folder / "model"), "--data", str(folder / "data.jsonl")]
-    bench.main(["sweep", "--json", *words, "--dtype", "float32", "--device", "cpu"])
-    figures = json.loads(capsys.readouterr().out)
-    assert figures["identical"] and figures["rows"] == N * N_LAYERS
-    assert figures["max_nll_error"] < 1e-3
-    assert min(figures[f"ratio_{name}"] for name in ("hf", "nnsight", "transformerlens")) > 0
-
-
-def test_the_sweep_bench_can_do_without_transcripts_and_rivals(folder, capsys):
-    words = ["--checkpoint", str(folder / "model"), "--data", str(folder / "data.jsonl")]
-    bench.main(["sweep", "--json", *words, "--nll-only", "--rivals", "hf", "--layers", "1-2"])
-    figures = json.loads(capsys.readouterr().out)
-    assert figures["rows"] == 2 * N and "ratio_nnsight" not in figures
-    assert figures["identical"] is None
-
-
-def test_a_rival_that_is_not_installed_is_named(folder, monkeypatch):
-    monkeypatch.setattr("melprobe.bench.sweep.find_spec", lambda name: None)
-    words = ["--checkpoint", str(folder / "model"), "--data", str(folder / "data.jsonl")]
-    with pytest.raises(UsageError, match="--rivals nnsight: `pip install nnsight`"):
-        bench.main(["sweep", *words])
 
 
 @pytest.mark.parametrize(

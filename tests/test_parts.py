@@ -6,45 +6,23 @@ import torch
 from melprobe.errors import UsageError
 from melprobe.hooks.layers import decoder_blocks
 from melprobe.hooks.parts import Part, ablate, parts_of, watch_means
-from tests.tiny import N_LAYERS, tiny_listener, waves
-
-TEXTS = ["please hold", "the new number three", "one"]
-
-
-@pytest.fixture(scope="module")
-def lm():
-    return tiny_listener()
-
-
-@pytest.fixture(scope="module")
-def clips():
-    return waves(1.0, 0.7, 1.3)
-
-
-def logits(lm, clips):
-    return lm.score(clips, TEXTS).logits
+from tests.tiny import N_LAYERS, logits
 
 
 @pytest.mark.parametrize("positions", ["bos", "speech", "text", "all"])
 @pytest.mark.parametrize("layer", [0, N_LAYERS - 1])
 def test_without_attention_and_mlp_a_block_is_skipped(lm, clips, layer, positions):
     with lm.skip({layer}, positions):
-        skipped = logits(lm, clips)
+        skipped, answers = logits(lm, clips), lm.transcribe(clips, 8)
     parts = [Part(layer, "attention"), Part(layer, "mlp")]
     with ablate(lm.model, parts, positions):
         assert torch.allclose(logits(lm, clips), skipped, atol=1e-5)
-        assert lm.transcribe(clips, 8) == skipped_transcripts(lm, clips, layer, positions)
+        assert lm.transcribe(clips, 8) == answers
     with ablate(lm.model, parts[:1], positions):
         alone = logits(lm, clips)
     with ablate(lm.model, parts[:1], positions), ablate(lm.model, parts[1:], positions):
         assert torch.allclose(logits(lm, clips), skipped, atol=1e-5)
     assert layer == N_LAYERS - 1 or not torch.allclose(alone, skipped, atol=1e-3)
-
-
-def skipped_transcripts(lm, clips, layer, positions):
-    plain = tiny_listener()
-    with plain.skip({layer}, positions):
-        return plain.transcribe(clips, 8)
 
 
 def test_without_any_head_there_is_no_attention(lm, clips):

@@ -8,20 +8,9 @@ from melprobe.errors import UsageError
 from melprobe.hooks.layers import decoder_blocks
 from melprobe.hooks.replay import Replay
 from melprobe.model.inference import greedy_ids
-from tests.tiny import N_LAYERS, WORDS, tiny_listener, waves
+from tests.tiny import N_LAYERS, TEXTS, WORDS, tiny_listener, waves
 
-TEXTS = ["please hold", "the new number three", "one"]
 LIMIT = 12
-
-
-@pytest.fixture(scope="module")
-def lm():
-    return tiny_listener()
-
-
-@pytest.fixture(scope="module")
-def clips():
-    return waves(1.0, 0.7, 1.3)
 
 
 @pytest.fixture(scope="module")

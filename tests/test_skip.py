@@ -8,23 +8,7 @@ from torch import nn
 
 from melprobe.hooks.layers import decoder_blocks
 from melprobe.hooks.positions import position_kinds, selected
-from tests.tiny import N_LAYERS, tiny_listener, waves, without_layer
-
-TEXTS = ["please hold", "the new number three", "one"]
-
-
-@pytest.fixture(scope="module")
-def lm():
-    return tiny_listener()
-
-
-@pytest.fixture(scope="module")
-def clips():
-    return waves(1.0, 0.7, 1.3)
-
-
-def logits(lm, clips):
-    return lm.score(clips, TEXTS).logits
+from tests.tiny import N_LAYERS, TEXTS, logits, without_layer
 
 
 def greedy_ids(lm, clips, **options):

@@ -32,6 +32,7 @@ WORDS = [
     "your",
 ]
 N_LAYERS = 4
+TEXTS = ["please hold", "the new number three", "one"]
 N_CLIPS = 6
 
 
@@ -82,6 +83,11 @@ def waves(*seconds: float, seed: int = 0) -> list[np.ndarray]:
         level = 0.1 + 0.09 * np.sin(np.linspace(0, 9 * s, n) + rng.uniform(0, 6))
         found.append((rng.standard_normal(n) * level).astype(np.float32))
     return found
+
+
+def logits(listener: Listener, clips: list[np.ndarray]) -> torch.Tensor:
+    """Of the answers `TEXTS`, (N, V)."""
+    return listener.score(clips, TEXTS).logits
 
 
 def without_layer(listener: Listener, layer: int) -> Listener:

@@ -3,6 +3,8 @@
 Knows the map between patches and seconds; every analysis that draws or aligns a patch uses it.
 """
 
+from typing import Any
+
 from melprobe.audio.load import SAMPLE_RATE
 from melprobe.audio.mel import FRAMES_PER_SECOND, HOP, WINDOW
 
@@ -29,6 +31,12 @@ def patch_span(patch: int, frames_per_patch: int) -> tuple[float, float]:
     lead = (WINDOW - HOP) / 2 / SAMPLE_RATE
     seconds = frames_per_patch * HOP / SAMPLE_RATE
     return lead + patch * seconds, lead + (patch + 1) * seconds
+
+
+def patch_middle(patch: Any, frames_per_patch: int) -> Any:
+    """Middle of `patch_span` in seconds, of a number of a patch or of a tensor of them."""
+    start, end = patch_span(patch, frames_per_patch)
+    return (start + end) / 2
 
 
 def patch_at(seconds: float, frames_per_patch: int) -> int:

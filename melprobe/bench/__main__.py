@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 
 from melprobe.analysis.protocol import answer_limit, choose
 from melprobe.audio.load import load_utterance
+from melprobe.bench.contestants import RIVALS, Study
 from melprobe.bench.mel import bench_mel
-from melprobe.bench.sweep import RIVALS, Study, bench_sweep
+from melprobe.bench.sweep import bench_sweep
 from melprobe.corpus.manifest import find_manifest, read_manifest
 from melprobe.errors import Parser, run
 from melprobe.hooks.layers import parse_layers

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from melprobe.audio.patches import patch_span
+from melprobe.audio.patches import patch_middle
 from melprobe.errors import UsageError
 from melprobe.model.modelling import MelLLMForConditionalGeneration
 
@@ -102,7 +102,7 @@ def position_kinds(
 
 def patches_between(start: float, stop: float, n_patches: int, frames_per_patch: int) -> list[int]:
     """Of a clip's patches those whose middle sounds from `start` on and before `stop`, seconds."""
-    middles = [sum(patch_span(patch, frames_per_patch)) / 2 for patch in range(n_patches)]
+    middles = (patch_middle(patch, frames_per_patch) for patch in range(n_patches))
     return [patch for patch, middle in enumerate(middles) if start <= middle < stop]
 
 
@@ -112,9 +112,7 @@ def selected(kinds: Tensor, positions: str, frames_per_patch: int) -> Tensor:
     chosen = torch.isin(kinds, torch.tensor(selection.kinds, device=kinds.device))
     if selection.seconds is None:
         return chosen
-    first, end = patch_span(0, frames_per_patch)
-    patches = (kinds == Kind.SPEECH).cumsum(1) - 1
-    middle = (first + end) / 2 + patches * (end - first)
+    middle = patch_middle((kinds == Kind.SPEECH).cumsum(1) - 1, frames_per_patch)
     start, stop = selection.seconds
     return chosen & (start <= middle) & (middle < stop)
 
