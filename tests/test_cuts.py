@@ -63,34 +63,34 @@ def test_cuts_equal_a_loop_over_blocks_with_the_mask_written_out(lm, clips, laye
 @pytest.mark.parametrize("name", ["knock_out", "bypass"])
 def test_a_model_that_reads_speech_nowhere_is_deaf(lm, clips, name):
     other = [wave[::-1].copy() for wave in clips]
-    assert not torch.equal(lm.score(clips, TEXTS).logits, lm.score(other, TEXTS).logits)
+    assert not torch.equal(lm.score(clips, TEXTS).log_probs, lm.score(other, TEXTS).log_probs)
     with getattr(lm, name)(EVERY_BLOCK, "speech"):
-        assert torch.equal(lm.score(clips, TEXTS).logits, lm.score(other, TEXTS).logits)
+        assert torch.equal(lm.score(clips, TEXTS).log_probs, lm.score(other, TEXTS).log_probs)
         assert lm.transcribe(clips) == lm.transcribe(other)
 
 
 def test_the_last_blocks_reading_is_no_zero_by_construction(lm, clips):
-    plain = lm.score(clips, TEXTS).logits
+    plain = lm.score(clips, TEXTS).log_probs
     for name in ("knock_out", "bypass"):
         with getattr(lm, name)({N_LAYERS - 1}, "speech"):
-            assert not torch.allclose(lm.score(clips, TEXTS).logits, plain, atol=1e-4)
+            assert not torch.allclose(lm.score(clips, TEXTS).log_probs, plain, atol=1e-4)
 
 
 def test_where_no_other_position_is_left_nothing_is_hidden(lm, clips):
-    plain = lm.score(clips, TEXTS).logits
+    plain = lm.score(clips, TEXTS).log_probs
     with lm.knock_out({1}, "all"):
-        assert torch.allclose(lm.score(clips, TEXTS).logits, plain, atol=1e-5)
+        assert torch.allclose(lm.score(clips, TEXTS).log_probs, plain, atol=1e-5)
     with lm.skip({1}, "all"):
-        skipped = lm.score(clips, TEXTS).logits
+        skipped = lm.score(clips, TEXTS).log_probs
     with lm.bypass({1}, "all"):
-        assert torch.allclose(lm.score(clips, TEXTS).logits, skipped, atol=1e-5)
+        assert torch.allclose(lm.score(clips, TEXTS).log_probs, skipped, atol=1e-5)
 
 
 def test_a_bypass_is_a_skip_and_a_knock_out_together(lm, clips):
     with lm.bypass({1, 2}):
-        whole = lm.score(clips, TEXTS).logits
+        whole = lm.score(clips, TEXTS).log_probs
     with lm.skip({1, 2}), lm.knock_out({1, 2}):
-        assert torch.equal(lm.score(clips, TEXTS).logits, whole)
+        assert torch.equal(lm.score(clips, TEXTS).log_probs, whole)
 
 
 @pytest.mark.parametrize("positions", ["bos", "speech", "prompt"])
@@ -119,7 +119,7 @@ def test_masks_that_are_added_hide_as_masks_that_allow(lm, clips):
     other = tiny_listener()
     other.model.set_attn_implementation("eager")
     with lm.knock_out({1, 3}), other.knock_out({1, 3}):
-        ours, theirs = lm.score(clips, TEXTS).logits, other.score(clips, TEXTS).logits
+        ours, theirs = lm.score(clips, TEXTS).log_probs, other.score(clips, TEXTS).log_probs
     assert torch.allclose(ours, theirs, atol=1e-4)
 
 
@@ -161,13 +161,13 @@ def test_times_choose_the_patches_that_sound_then(lm, clips):
     assert early.sum(1).tolist() == [5, 5, 5]
     for row in range(3):
         assert late[row].nonzero().min() > early[row].nonzero().max()
-    whole = lm.score(clips, TEXTS).logits
+    whole = lm.score(clips, TEXTS).log_probs
     with lm.skip({1}, "speech:0-0.4"), lm.skip({1}, "speech:0.4-9"):
-        apart = lm.score(clips, TEXTS).logits
+        apart = lm.score(clips, TEXTS).log_probs
     with lm.skip({1}, "speech:0-0.4"):
-        assert not torch.equal(lm.score(clips, TEXTS).logits, whole)
+        assert not torch.equal(lm.score(clips, TEXTS).log_probs, whole)
     with lm.skip({1}, "speech"):
-        assert torch.equal(lm.score(clips, TEXTS).logits, apart)
+        assert torch.equal(lm.score(clips, TEXTS).log_probs, apart)
 
 
 @pytest.mark.parametrize(

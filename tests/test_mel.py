@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import Phi4MultimodalFeatureExtractor
 
-from melprobe.audio.augment import add_noise, change_speed, spec_augment
+from melprobe.audio.augment import add_noise, change_speed, spec_augment, warp_frequency
 from melprobe.audio.mel import MelSettings, frame_count, log_mel, normalise
 from melprobe.audio.patches import FRAMES_PER_PATCH, patch_at, patch_count, patch_rate, patch_span
 from tests.tiny import waves
@@ -88,6 +88,18 @@ def test_speed_changes_length_and_pitch_together():
     assert len(fast) == 12_800
     peak = np.abs(np.fft.rfft(fast)).argmax() * 16_000 / len(fast)
     assert peak == pytest.approx(625, abs=2)
+
+
+def test_another_vocal_tract_moves_a_tone_as_far_as_singing_it_higher():
+    def heard(hertz):
+        tone = 0.3 * np.sin(2 * np.pi * hertz * np.arange(8_000) / 16_000)
+        return log_mel(torch.tensor(tone, dtype=torch.float32)[None], MelSettings(f_max=5300.0))
+
+    factors = np.array([0.8, 1.0, 1.3])
+    warped = warp_frequency(heard(1000.0).expand(3, -1, -1), factors, 5300.0)
+    sung = torch.cat([heard(1000.0 * factor) for factor in factors])
+    assert torch.equal(warped.argmax(2), sung.argmax(2))
+    assert torch.equal(warped[1], heard(1000.0)[0])
 
 
 @pytest.mark.parametrize("snr", [0.0, 20.0])

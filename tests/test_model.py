@@ -131,8 +131,8 @@ def test_loss_is_the_mean_over_the_answer_tokens():
         (scores.nll.sum() / scores.tokens.sum()).item()
     )
     labels = batch.pop("labels")
-    full = lm.model(**batch).logits[:, :-1][labels[:, 1:] != -100]
-    assert torch.allclose(full, scores.logits, atol=1e-5)
+    full = lm.model(**batch).logits.log_softmax(-1)[:, :-1][labels[:, 1:] != -100]
+    assert torch.allclose(full, scores.log_probs, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch import nn
 
 from melprobe.hooks.layers import decoder_blocks
 from melprobe.hooks.positions import position_kinds, selected
-from tests.tiny import N_LAYERS, TEXTS, logits, without_layer
+from tests.tiny import N_LAYERS, TEXTS, log_probs, without_layer
 
 
 def greedy_ids(lm, clips, **options):
@@ -22,14 +22,14 @@ def greedy_ids(lm, clips, **options):
 def test_skipping_a_block_everywhere_equals_the_model_without_it(lm, clips, layer):
     smaller = without_layer(lm, layer)
     with lm.skip({layer}, positions="all"):
-        assert torch.equal(logits(lm, clips), logits(smaller, clips))
+        assert torch.equal(log_probs(lm, clips), log_probs(smaller, clips))
         assert torch.equal(greedy_ids(lm, clips), greedy_ids(smaller, clips))
 
 
 def test_the_empty_skip_is_the_baseline_bit_for_bit(lm, clips):
-    plain = logits(lm, clips)
+    plain = log_probs(lm, clips)
     with lm.skip(set(), positions="all"):
-        assert torch.equal(logits(lm, clips), plain)
+        assert torch.equal(log_probs(lm, clips), plain)
 
 
 @pytest.mark.parametrize("positions", ["bos", "prompt", "speech", "answer", "text", "all"])
@@ -38,14 +38,14 @@ def test_a_skip_changes_the_positions_of_its_kind_and_no_others(lm, clips, posit
     kinds = position_kinds(
         inputs["input_ids"], lm.processor.audio_token_id, inputs["attention_mask"], inputs["labels"]
     )
-    where, plain = selected(kinds, positions, 8), logits(lm, clips)
+    where, plain = selected(kinds, positions, 8), log_probs(lm, clips)
     before, after = first_block(lm, inputs)
     with lm.skip({0}, positions):
         skipped = first_block(lm, inputs)
-        assert not torch.equal(logits(lm, clips), plain)
+        assert not torch.equal(log_probs(lm, clips), plain)
     assert where.any() and torch.equal((skipped[1] != after).any(-1), where)
     assert torch.equal(skipped[1][where], before[where])
-    assert torch.equal(logits(lm, clips), plain)
+    assert torch.equal(log_probs(lm, clips), plain)
 
 
 def first_block(lm, inputs):
@@ -77,10 +77,10 @@ def test_what_stands_in_the_padding_before_a_prompt_changes_nothing(lm, clips, p
 
 
 def test_an_exception_restores_the_model(lm, clips):
-    plain = logits(lm, clips)
+    plain = log_probs(lm, clips)
     with pytest.raises(KeyError), lm.skip({1, 2}):
         raise KeyError
-    assert torch.equal(logits(lm, clips), plain)
+    assert torch.equal(log_probs(lm, clips), plain)
     assert not lm.model._forward_pre_hooks
     assert not any(block._forward_hooks for block in decoder_blocks(lm.model))
 
@@ -119,9 +119,9 @@ def test_cached_decoding_equals_teacher_forcing_under_skipping(lm, clips):
 
 
 def test_what_the_last_block_writes_at_speech_positions_is_read_by_nobody(lm, clips):
-    plain = logits(lm, clips)
+    plain = log_probs(lm, clips)
     with lm.skip({N_LAYERS - 1}, positions="speech"):
-        assert torch.equal(logits(lm, clips), plain)
+        assert torch.equal(log_probs(lm, clips), plain)
 
 
 def test_a_planted_identity_block_costs_exactly_nothing(lm, clips):
@@ -130,17 +130,17 @@ def test_a_planted_identity_block_costs_exactly_nothing(lm, clips):
     nn.init.zeros_(block.self_attn.o_proj.weight)
     nn.init.zeros_(block.mlp.down_proj.weight)
     planted = type(lm)(planted, lm.processor)
-    plain = logits(planted, clips)
+    plain = log_probs(planted, clips)
     for positions in ("speech", "text", "all"):
         with planted.skip({2}, positions):
-            assert torch.equal(logits(planted, clips), plain)
+            assert torch.equal(log_probs(planted, clips), plain)
 
 
 def test_nested_skips_add_up(lm, clips):
     with lm.skip({1}), lm.skip({2}):
-        nested = logits(lm, clips)
+        nested = log_probs(lm, clips)
     with lm.skip({1, 2}):
-        assert torch.equal(logits(lm, clips), nested)
+        assert torch.equal(log_probs(lm, clips), nested)
 
 
 def test_a_skipped_position_is_still_read_through_its_unchanged_input(lm, clips):

@@ -85,9 +85,9 @@ def waves(*seconds: float, seed: int = 0) -> list[np.ndarray]:
     return found
 
 
-def logits(listener: Listener, clips: list[np.ndarray]) -> torch.Tensor:
-    """Of the answers `TEXTS`, (N, V)."""
-    return listener.score(clips, TEXTS).logits
+def log_probs(listener: Listener, clips: list[np.ndarray]) -> torch.Tensor:
+    """Log-probabilities at the answers `TEXTS`, (N, V)."""
+    return listener.score(clips, TEXTS).log_probs
 
 
 def without_layer(listener: Listener, layer: int) -> Listener:

@@ -5,10 +5,10 @@ row by row into the store, so that a study which was stopped goes on.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from melprobe.analysis.question import CutName
@@ -19,9 +19,9 @@ from melprobe.corpus.manifest import Utterance
 from melprobe.corpus.text import plain_text
 from melprobe.errors import UsageError
 from melprobe.hooks.layers import format_layers
-from melprobe.hooks.replay import Heard, Replay
+from melprobe.hooks.replay import Heard, Variant
 from melprobe.listener import Listener
-from melprobe.model.inference import AnswerScores, batches_by_length
+from melprobe.model.inference import batches_by_length, kl_per_clip
 from melprobe.model.processor import MelLLMProcessor
 from melprobe.store import Key, Row, RowStore
 
@@ -109,41 +109,42 @@ class _Batch:
         replay = self.listener.replay(self.waves, self.texts, limit)
         change = replay.block_change(self.study.positions)
         sets = {format_layers(layers): layers for layers in self.study.layer_sets}
-        for condition, label in missing:
-            if condition == "intact":
-                heard = replay.intact
-            elif condition == "swapped":
-                heard = self.listener.replay(self.swapped_waves, self.texts, limit).intact
-            else:
-                heard = self._cut(replay, sets[label])
-            kl = _kl_per_clip(replay.intact.scores, heard.scores)
-            rows = self._rows(condition, label, heard, kl, _turned(change, label))
+
+        def keep(condition: str, label: str, heard: Heard) -> None:
+            rows = self._rows(condition, label, heard, _turned(change, label))
             store.add(rows)
             advance(len(rows))
 
-    def _cut(self, replay: Replay, layers: Sequence[int]) -> Heard:
+        if ("intact", "") in missing:
+            keep("intact", "", replay.intact)
+        if ("swapped", "") in missing:
+            swapped = self.listener.replay(self.swapped_waves, self.texts, limit)
+            kl = kl_per_clip(replay.scores, swapped.scores)
+            keep("swapped", "", replace(swapped.intact, kl=kl))
+        cuts = [label for condition, label in missing if condition == self.study.cut]
+        variants = (self._variant(sets[label]) for label in cuts)
+        for label, heard in zip(cuts, replay.hear_each(variants), strict=True):
+            keep(self.study.cut, label, heard)
+
+    def _variant(self, layers: Sequence[int]) -> Variant:
         study, listener = self.study, self.listener
         match study.cut:
             case "skip":
                 # It changes what the block hands on, but not what the block computes.
-                with listener.skip(layers, study.positions):
-                    return replay.hear(reuse=min(layers) + 1)
+                return Variant(partial(listener.skip, layers, study.positions), min(layers) + 1)
             case "knock-out":
-                with listener.knock_out(layers, study.positions):
-                    return replay.hear(reuse=min(layers))
+                return Variant(partial(listener.knock_out, layers, study.positions), min(layers))
             case "bypass":
-                with listener.bypass(layers, study.positions):
-                    return replay.hear(reuse=min(layers))
+                return Variant(partial(listener.bypass, layers, study.positions), min(layers))
             case "without-lora":
-                with listener.without_lora(layers):
-                    return replay.hear(reuse=min(layers))
+                cut = partial(listener.without_lora, layers)
+                return Variant(cut, min(layers), by_position=False)
 
     def _rows(
         self,
         condition: str,
         label: str,
         heard: Heard,
-        kl: Tensor,
         turned: tuple[Tensor, Tensor] | None,
     ) -> list[Row]:
         answers = self.listener.processor.batch_decode(heard.answers)
@@ -158,9 +159,9 @@ class _Batch:
                     utterance=u.id,
                     positions=self.study.positions if label else "",
                     speaker=u.speaker,
-                    nll=heard.scores.nll[i].item(),
-                    answer_tokens=int(heard.scores.tokens[i]),
-                    kl=kl[i].item(),
+                    nll=heard.nll[i].item(),
+                    answer_tokens=int(heard.tokens[i]),
+                    kl=heard.kl[i].item(),
                     reference=u.text,
                     hypothesis=hypothesis,
                     substitutions=errors.substitutions,
@@ -178,11 +179,3 @@ class _Batch:
 def _turned(change: list[tuple[Tensor, Tensor]], label: str) -> tuple[Tensor, Tensor] | None:
     """(B,) cosine and angle of a single block; a set of blocks has none."""
     return change[int(label)] if label.isdecimal() else None
-
-
-def _kl_per_clip(intact: AnswerScores, other: AnswerScores) -> Tensor:
-    """(B,) KL(intact ‖ other) summed over each clip's answer tokens, nat."""
-    p, q = intact.logits.log_softmax(-1), other.logits.log_softmax(-1)
-    kl = (p.exp() * (p - q)).sum(-1).clamp(min=0)  # below 0 only by rounding
-    clip = torch.repeat_interleave(intact.tokens)
-    return torch.zeros(len(intact.tokens), device=kl.device).index_add_(0, clip, kl)

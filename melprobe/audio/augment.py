@@ -5,7 +5,9 @@ Every function draws from the generator it is given, so a step's batch can be ma
 
 import numpy as np
 import soxr
+import torch
 from torch import Tensor
+from transformers.audio_utils import hertz_to_mel, mel_to_hertz
 
 from melprobe.audio.load import SAMPLE_RATE
 
@@ -24,6 +26,23 @@ def add_noise(wave: np.ndarray, snr_db: float, rng: np.random.Generator) -> np.n
     noise = np.fft.irfft(spectrum, len(wave)).astype(np.float32)
     power = float(np.mean(wave**2)) / max(float(np.mean(noise**2)), 1e-12)
     return wave + noise * np.sqrt(power / 10 ** (snr_db / 10)).astype(np.float32)
+
+
+def warp_frequency(mel: Tensor, factors: np.ndarray, f_max: float) -> Tensor:
+    """Move what stands at f Hz in `mel` (B, T, M) to f times the row's `factors` (B,).
+
+    A longer or shorter vocal tract at the same tempo (Jaitly and Hinton 2013, VTLP). The bank's
+    upper edge is `f_max`; beyond what it has, the last bin is repeated.
+    """
+    bins = mel.shape[2]
+    step = hertz_to_mel(f_max, mel_scale="kaldi") / (bins + 1)  # filter m is centred at m + 1
+    centres = mel_to_hertz(step * np.arange(1, bins + 1), mel_scale="kaldi")
+    places = hertz_to_mel(centres / factors[:, None], mel_scale="kaldi") / step - 1  # (B, M)
+    places = torch.tensor(places.clip(0, bins - 1), dtype=mel.dtype)
+    low = places.long().clamp(max=bins - 2)
+    part = (places - low)[:, None]  # (B, 1, M)
+    index = low[:, None].expand_as(mel)
+    return mel.gather(2, index) * (1 - part) + mel.gather(2, index + 1) * part
 
 
 def spec_augment(

@@ -7,6 +7,7 @@ every greedy transcript. None knows that it is timed.
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from transformers import BatchFeature
 
 from melprobe.corpus.text import plain_text
+from melprobe.hooks.replay import Variant
 from melprobe.listener import Listener
 from melprobe.model.inference import score_tokens
 
@@ -76,10 +78,11 @@ def ours(study: Study, batches: Sequence[Sequence[int]], *, reuse: bool = True) 
         replay = lm.replay(
             [study.waves[i] for i in batch], [study.texts[i] for i in batch], study.max_new_tokens
         )
-        for layer in study.layers:
-            with lm.skip({layer}):
-                heard = replay.hear(layer + 1 if reuse else 0)
-            for clip, nll, answer in zip(batch, heard.scores.nll, heard.answers, strict=True):
+        variants = [
+            Variant(partial(lm.skip, {layer}), layer + 1 if reuse else 0) for layer in study.layers
+        ]
+        for layer, heard in zip(study.layers, replay.hear_each(variants), strict=True):
+            for clip, nll, answer in zip(batch, heard.nll, heard.answers, strict=True):
                 found.nll[layer, clip] = nll.item()
                 found.answers[layer, clip] = study.ended(answer)
     return found

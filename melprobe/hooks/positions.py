@@ -130,6 +130,30 @@ def kinds_are(kinds: Tensor) -> Iterator[None]:
         _TOLD.reset(token)
 
 
+@dataclass(slots=True)
+class Rows:
+    """Rows of a batch, (B,) bool; may be exchanged as rows are left out of the batch."""
+
+    rows: Tensor
+
+
+_ROWS: ContextVar[Rows | None] = ContextVar("rows that cuts begun now are kept to", default=None)
+
+
+@contextmanager
+def rows_of(rows: Tensor) -> Iterator[Rows]:
+    """Keep every tracker that begins to watch inside the `with` to these rows, (B,) bool.
+
+    Other rows have no positions of any kind for it. Several variants can so share a batch.
+    """
+    only = Rows(rows)
+    token = _ROWS.set(only)
+    try:
+        yield only
+    finally:
+        _ROWS.reset(token)
+
+
 class PositionTracker:
     """Knows the kinds of the positions that the running forward pass computes.
 
@@ -141,6 +165,7 @@ class PositionTracker:
     def __init__(self, model: MelLLMForConditionalGeneration):
         self.audio_token_id = model.config.audio_token_id
         self.frames_per_patch = model.config.frames_per_patch
+        self.only = _ROWS.get()
         self._kinds_so_far: Tensor | None = None
         self._past = 0
         self._answer_is_marked = True
@@ -167,7 +192,8 @@ class PositionTracker:
                 f"positions {positions!r}: without a cache, prompt and answer can't be told apart; "
                 "drop use_cache=False, give labels, or take positions 'text'"
             )
-        return selected(self.kinds_so_far, positions, self.frames_per_patch)
+        where = selected(self.kinds_so_far, positions, self.frames_per_patch)
+        return where if self.only is None else where & self.only.rows[:, None]
 
     @classmethod
     @contextmanager

@@ -1,7 +1,7 @@
 """One batch heard once and replayed under many interventions, each for a fraction of its price.
 
 What a layer study asks of every variant is the likelihood of the references and the greedy answer.
-Three things make it cheap, and in exact arithmetic none changes what comes out:
+Four things make it cheap, and in exact arithmetic none changes what comes out:
 
 - *Prefix reuse*: below its first changed block a variant is the intact model, so those blocks hand
   out what they computed then.
@@ -11,17 +11,19 @@ Three things make it cheap, and in exact arithmetic none changes what comes out:
   are the draft's, that is its answer too; only behind the first other token it has to decode.
   Decoding step by step rounds otherwise than one wide pass does, so a token that the wide pass
   prefers to the draft's even in the intact model makes no difference.
+- *Decoding together*: what is left to decode of many variants goes into one batch, in which each
+  cut sees its own variant's rows alone.
 
 Shapes: B clips, S = P + R + G positions (prompts padded on the left, references, drafts), D width,
 V vocabulary.
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,29 +35,60 @@ from transformers import BatchFeature, DynamicCache
 from melprobe.errors import UsageError
 from melprobe.hooks.cuts import hide_keys, residuals, turn
 from melprobe.hooks.layers import decoder_blocks
-from melprobe.hooks.positions import Kind, kinds_are, position_kinds, selected
-from melprobe.model.inference import AnswerScores, greedy_ids, score_tokens
+from melprobe.hooks.positions import Kind, kinds_are, position_kinds, rows_of, selected
+from melprobe.model.inference import AnswerScores, greedy_ids, kl_per_clip, score_tokens
 from melprobe.model.modelling import MelLLMForConditionalGeneration
 from melprobe.model.processor import MelLLMProcessor
 
 _NOTHING = -100
 """Stands where a shorter answer has no token."""
+_KV = ("keys", "values")
 
 
 @dataclass(frozen=True, slots=True)
 class Heard:
     """What a model, cut or not, makes of a batch."""
 
-    scores: AnswerScores
-    """Of the references."""
+    nll: Tensor
+    """(B,) of the references in nat, summed over each one's tokens, end token included."""
+    tokens: Tensor
+    """(B,) how many those are."""
+    kl: Tensor
+    """(B,) KL(intact ‖ this) of the next token in nat, summed over the same tokens."""
     answers: list[list[int]]
     """Token ids of the greedy answers, end token included where there is one."""
     seconds: float
-    """Wall time; of the intact run, that of plain decoding."""
+    """Wall time; of the intact run, that of plain decoding. None of what was decoded together."""
+
+
+class Variant(NamedTuple):
+    """One way to cut a model."""
+
+    cut: Callable[[], AbstractContextManager[Any]]
+    """Begins the cut; called anew for every `with`."""
+    reuse: int = 0
+    """How many blocks, from the bottom, give what they gave in the intact run."""
+    by_position: bool = True
+    """Whether all its hooks go by a `PositionTracker`, so that it can be kept to some rows."""
+
+
+class _Open(NamedTuple):
+    """Answers of one variant that have not come to their end."""
+
+    variant: Variant
+    rows: Tensor
+    """(N,) which clips"""
+    answers: list[list[int]]
+    """of these rows, written on in place"""
+    cache: DynamicCache
+    """of these rows"""
+
+    def bytes(self) -> int:
+        return sum(2 * layer.keys.nbytes for layer in self.cache.layers)
 
 
 class Replay:
-    """The intact run of one batch; `hear` runs it again under whatever hooks are active then."""
+    """The intact run of one batch, and the same batch again under any number of cuts."""
 
     @torch.no_grad()
     def __init__(
@@ -94,7 +127,10 @@ class Replay:
                 stack.callback(handle.remove)
             logits, self.cache = self._run()
         self.preferred = self._preferred(logits)
-        self.intact = Heard(self._scores(logits), drafts, seconds)
+        self.scores = self._scores(logits)
+        """Of the intact run."""
+        nothing = torch.zeros_like(self.scores.nll)
+        self.intact = Heard(self.scores.nll, self.scores.tokens, nothing, drafts, seconds)
 
     @torch.no_grad()
     def hear(self, reuse: int = 0) -> Heard:
@@ -103,16 +139,51 @@ class Replay:
         reuse: how many blocks, from the bottom, give what they gave in the intact run. Hooks on
         them still run, so that a block whose output alone is changed counts among them.
         """
+        (heard,) = self.hear_each([Variant(nullcontext, reuse, by_position=False)])
+        return heard
+
+    @torch.no_grad()
+    def hear_each(self, variants: Iterable[Variant], memory_mb: int = 512) -> Iterator[Heard]:
+        """The batch under each variant, in order; they come some at a time.
+
+        memory_mb: of keys and values, of what is decoded together.
+        """
+        waiting: list[Heard] = []
+        unfinished: list[_Open] = []
+        for variant in variants:
+            with variant.cut():
+                heard, rest = self._check(variant)
+                if not variant.by_position:
+                    self._decode([rest])
+            waiting.append(heard)
+            if variant.by_position and rest.answers:
+                unfinished.append(rest)
+            if sum(rest.bytes() for rest in unfinished) > memory_mb * 1e6 or not unfinished:
+                self._decode(unfinished)
+                yield from waiting
+                waiting, unfinished = [], []
+        self._decode(unfinished)
+        yield from waiting
+
+    def _check(self, variant: Variant) -> tuple[Heard, _Open]:
+        """One pass: likelihoods, the answers as far as they are drafts, and what is left."""
         start = time.perf_counter()
         with ExitStack() as stack:
-            for block, output in zip(self.blocks[:reuse], self.residuals[1:], strict=False):
+            reused = self.blocks[: variant.reuse]
+            for block, output in zip(reused, self.residuals[1:], strict=False):
                 stack.enter_context(_giving(block, output))
             logits, cache = self._run()
-        for layer in range(reuse):
+        for layer in range(variant.reuse):
             kept = self.cache.layers[layer]
             cache.update(kept.keys, kept.values, layer)
-        answers = self._answers(logits, cache)
-        return Heard(self._scores(logits), answers, time.perf_counter() - start)
+        scores, answers = self._scores(logits), self._answers(logits)
+        rows = [row for row, answer in enumerate(answers) if not self._done(answer)]
+        where = torch.tensor(rows, dtype=torch.long, device=logits.device)
+        cache.batch_select_indices(where)
+        rest = _Open(variant, where, [answers[row] for row in rows], cache)
+        kl = kl_per_clip(self.scores, scores)
+        heard = Heard(scores.nll, scores.tokens, kl, answers, time.perf_counter() - start)
+        return heard, rest
 
     @property
     def _draft_start(self) -> int:
@@ -189,18 +260,16 @@ class Replay:
         before = logits[:, : self.references.shape[1]]
         return score_tokens(before[self.references != _NOTHING], self.references)
 
-    def _answers(self, logits: Tensor, cache: DynamicCache) -> list[list[int]]:
-        """Greedy answers: the drafts where they hold, decoded from the first other token on."""
+    def _answers(self, logits: Tensor) -> list[list[int]]:
+        """Greedy answers: the drafts where they hold, else up to and with the first other token."""
+        answers = [ids[ids != _NOTHING].tolist() for ids in self.drafts]
         if not self.max_new_tokens:
-            return [[] for _ in self.drafts]
+            return answers
         chosen = self._preferred(logits)
         other = (chosen != self.drafts) & (chosen != self.preferred) & (self.drafts != _NOTHING)
-        answers = [ids[ids != _NOTHING].tolist() for ids in self.drafts]
-        rows = other.any(1).nonzero()[:, 0]
-        for row in rows.tolist():
+        for row in other.any(1).nonzero()[:, 0].tolist():
             place = int(other[row].int().argmax())
             answers[row] = [*answers[row][:place], int(chosen[row, place])]
-        self._decode([answers[row] for row in rows.tolist()], rows, cache)
         return answers
 
     def _preferred(self, logits: Tensor) -> Tensor:
@@ -209,38 +278,58 @@ class Replay:
         before = [logits[:, :1], logits[:, first : first + max(0, self.drafts.shape[1] - 1)]]
         return torch.cat(before, 1)[:, : self.drafts.shape[1]].argmax(-1)
 
-    def _decode(self, answers: list[list[int]], rows: Tensor, cache: DynamicCache) -> None:
-        """Write the answers of these rows on to their ends, in place."""
-        if all(map(self._done, answers)):
+    def _decode(self, unfinished: Sequence[_Open]) -> None:
+        """Write answers on to their ends, in place, each row under its own variant's cut alone."""
+        answers = [answer for rest in unfinished for answer in rest.answers]
+        if not answers:
             return
-        cache.batch_select_indices(rows)
+        rows = torch.cat([rest.rows for rest in unfinished])
+        cache = _joined([rest.cache for rest in unfinished])
+        owner = torch.repeat_interleave(
+            torch.arange(len(unfinished)), torch.tensor([len(rest.rows) for rest in unfinished])
+        ).to(rows.device)
         mask = self.inputs["attention_mask"][rows]
         drafts = torch.arange(self.drafts.shape[1], device=mask.device)
         agreed = torch.tensor([[len(answer) - 1] for answer in answers], device=mask.device)
         nothing = torch.zeros_like(self.references[rows])
         mask = torch.cat([mask[:, : self.n_prompt], nothing, (drafts < agreed).long()], 1)
         place, kinds = mask.sum(1, keepdim=True), self.kinds[rows]
-        while not all(map(self._done, answers)):
-            mask = F.pad(mask, (0, 1), value=1)
-            kinds = F.pad(kinds, (0, 1), value=Kind.ANSWER)
-            with kinds_are(kinds):
-                output = self.model(
-                    input_ids=torch.tensor([answer[-1:] for answer in answers]).to(mask.device),
-                    attention_mask=mask,
-                    position_ids=place,
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-            for answer, token in zip(
-                answers, output.logits[:, -1].argmax(-1).tolist(), strict=True
-            ):
-                if not self._done(answer):
+        with ExitStack() as stack:
+            filters = []
+            for number, rest in enumerate(unfinished):
+                if not rest.variant.by_position:
+                    continue  # its cut is active already
+                filters.append(stack.enter_context(rows_of(owner == number)))
+                stack.enter_context(rest.variant.cut())
+            while True:
+                mask = F.pad(mask, (0, 1), value=1)
+                kinds = F.pad(kinds, (0, 1), value=Kind.ANSWER)
+                with kinds_are(kinds):
+                    output = self.model(
+                        input_ids=torch.tensor([answer[-1:] for answer in answers]).to(mask.device),
+                        attention_mask=mask,
+                        position_ids=place,
+                        past_key_values=cache,
+                        use_cache=True,
+                        logits_to_keep=1,
+                    )
+                tokens = output.logits[:, -1].argmax(-1).tolist()
+                for answer, token in zip(answers, tokens, strict=True):
                     answer.append(token)
-            place = place + 1
+                place = place + 1
+                going = [i for i, answer in enumerate(answers) if not self._done(answer)]
+                if not going:
+                    return
+                if len(going) < len(answers):
+                    answers = [answers[i] for i in going]
+                    kept = torch.tensor(going, device=mask.device)
+                    mask, place, kinds = mask[kept], place[kept], kinds[kept]
+                    cache.batch_select_indices(kept)
+                    for only in filters:
+                        only.rows = only.rows[kept]
 
     def _done(self, answer: list[int]) -> bool:
-        return answer[-1] in self.end_ids or len(answer) >= self.max_new_tokens
+        return len(answer) >= self.max_new_tokens or answer[-1] in self.end_ids
 
 
 @contextmanager
@@ -251,6 +340,15 @@ def _giving(block: nn.Module, output: Tensor) -> Iterator[None]:
         yield
     finally:
         del block.forward
+
+
+def _joined(caches: Sequence[DynamicCache]) -> DynamicCache:
+    """The rows of all of them, in order."""
+    cache = DynamicCache()
+    for number, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
+        keys, values = (torch.cat([getattr(layer, name) for layer in layers]) for name in _KV)
+        cache.update(keys, values, number)
+    return cache
 
 
 def _padded(answers: list[list[int]], device: torch.device) -> Tensor:

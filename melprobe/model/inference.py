@@ -25,8 +25,8 @@ class AnswerScores(NamedTuple):
     """(B,) negative log-likelihood in nat, summed over the answer's tokens, end token included."""
     tokens: Tensor
     """(B,) number of those tokens."""
-    logits: Tensor
-    """(N, V) float32 logits of all answer tokens, clip after clip: what KL is taken between."""
+    log_probs: Tensor
+    """(N, V) float32, of every token at all places of the answers, clip after clip."""
 
 
 def batches_by_length(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
@@ -89,9 +89,17 @@ def answer_scores(
 
 def score_tokens(logits: Tensor, targets: Tensor) -> AnswerScores:
     """Scores of `targets` (B, T), -100 where there is none, each under its row of logits (N, V)."""
-    logits = logits.float()
+    log_probs = logits.float().log_softmax(-1)
     labelled = targets != -100
-    nll = F.cross_entropy(logits, targets[labelled], reduction="none")
+    nll = -log_probs.gather(1, targets[labelled][:, None])[:, 0]
     row = labelled.nonzero()[:, 0]
     total = torch.zeros(len(targets), dtype=nll.dtype, device=nll.device).index_add_(0, row, nll)
-    return AnswerScores(total, labelled.sum(1), logits)
+    return AnswerScores(total, labelled.sum(1), log_probs)
+
+
+def kl_per_clip(intact: AnswerScores, other: AnswerScores) -> Tensor:
+    """(B,) KL(intact ‖ other) of the next token, summed over each clip's answer, nat."""
+    kl = F.kl_div(other.log_probs, intact.log_probs, reduction="none", log_target=True).sum(-1)
+    kl = kl.clamp(min=0)  # below only by rounding
+    clip = torch.repeat_interleave(intact.tokens)
+    return torch.zeros(len(intact.tokens), device=kl.device).index_add_(0, clip, kl)

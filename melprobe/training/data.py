@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import BatchFeature
 
-from melprobe.audio.augment import add_noise, change_speed, spec_augment
+from melprobe.audio.augment import add_noise, change_speed, spec_augment, warp_frequency
 from melprobe.audio.load import SAMPLE_RATE, load_utterance
 from melprobe.corpus.cuts import to_cuts
 from melprobe.corpus.leakage import without_leaks
@@ -191,8 +191,12 @@ class SpeechBatches(Dataset[tuple[int, BatchFeature]]):
         chosen = [self.by_id[i] for i in ids]
         waves, speeds = zip(*(self._change(clip.wave(), rng) for clip in chosen), strict=True)
         batch = self.processor(waves, [plain_text(clip.text) for clip in chosen])
+        mel = batch["input_features"]
+        if self.augment.frequency_warp != (1.0, 1.0):
+            factors = rng.uniform(*self.augment.frequency_warp, size=len(mel))
+            mel = warp_frequency(mel, factors, self.processor.feature_extractor.f_max)
         batch["input_features"] = spec_augment(
-            batch["input_features"],
+            mel,
             batch["feature_attention_mask"].sum(1),
             rng,
             time_masks=self.augment.time_masks,

@@ -128,6 +128,8 @@ class Frames(_Strict):
 class Augment(_Strict):
     speed: tuple[_Speed, _Speed] = (1.0, 1.0)
     """Resampling factor: changes tempo and pitch together."""
+    frequency_warp: tuple[_Speed, _Speed] = (1.0, 1.0)
+    """Factor on all frequencies at the same tempo, as another vocal tract has (VTLP)."""
     noise_probability: Annotated[float, Field(ge=0, le=1)] = 0.0
     noise_snr_db: tuple[float, float] = (10.0, 40.0)
     time_masks: Annotated[int, Field(ge=0)] = 0
@@ -136,7 +138,7 @@ class Augment(_Strict):
     frequency_mask_bins: Annotated[int, Field(ge=1, lt=80)] = 12
     """SpecAugment (Park et al. 2019) without time warping."""
 
-    @field_validator("speed", "noise_snr_db")
+    @field_validator("speed", "frequency_warp", "noise_snr_db")
     @classmethod
     def _low_to_high(cls, bounds: tuple[float, float]) -> tuple[float, float]:
         if bounds[0] > bounds[1]:
