@@ -11,22 +11,23 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import soundfile
 from rich.console import Console
 from rich.progress import Progress
 
+from melprobe.analysis.choice import Picked, choose_sets, halves
 from melprobe.analysis.damage import score_layers
 from melprobe.analysis.protocol import answer_limit, choose
 from melprobe.analysis.question import CutName, Question, asked
 from melprobe.analysis.sweep import LayerStudy, run_layer_study, swap_partners
 from melprobe.audio.load import SAMPLE_RATE, load_usable
 from melprobe.audio.patches import patch_rate
-from melprobe.corpus.manifest import Utterance, find_manifest, read_manifest
+from melprobe.corpus.manifest import find_manifest, read_manifest
 from melprobe.errors import Parser, check_writable, run
 from melprobe.hooks.layers import format_layers
 from melprobe.hooks.positions import POSITIONS
@@ -65,7 +66,9 @@ def parser() -> Parser:
             const=EACH_BLOCK,
             metavar="LAYERS",
             help=f"{verb} each block in turn, or the set given, such as 3,5-8 (counted from 0), or "
-            "sets in turn: windows:N (neighbours), prefixes, suffixes",
+            "sets in turn: windows:N (neighbours), prefixes, suffixes, greedy (the least harmful "
+            "block next, until the margin is passed), picks:N (the N that greedy and beam search, "
+            "angular distance and block influence choose)",
         )
     p.add_argument(
         "--positions",
@@ -100,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for place in reversed(question.without_patches(usable, waves, config.frames_per_patch)):
         left_out.append(f"{usable[place].id}: nothing of it stands at {question.positions}")
         del usable[place], waves[place]
+    deciding, reported = halves(len(usable)) if question.chooses else ([], [])
     listener = load(
         checkpoint,
         device=options.device,
@@ -117,47 +121,76 @@ def main(argv: Sequence[str] | None = None) -> None:
         positions=question.positions,
         max_new_tokens=answer_limit(listener, usable),
     )
-    labels = [format_layers(layers) for layers in sets]
     settings = {
         "run": study.run,
         "checkpoint": file_sha256(weights_file(checkpoint)),
         "data": file_sha256(manifest),
         "utterances": [u.id for u in usable],
         "cut": question.cut,
-        "layers": labels,
+        "layers": question.layers,
         "positions": question.positions,
         "seed": options.seed,
         "max_new_tokens": study.max_new_tokens,
         "dtype": str(listener.model.dtype),
         "device": listener.model.device.type,
     }
+    choice: dict[str, int] | None = None
+    ways: dict[str, list[str]] = {}
     with RowStore(out / "rows.sqlite", settings) as store:
         with Progress(console=Console(stderr=True)) as progress:
+            if question.chooses:
+                picked = picked_sets(listener, study.of(deciding), question, store, progress)
+                ways = {format_layers(layers): by for layers, by in picked}
+                study = replace(study.of(reported), layer_sets=[layers for layers, _ in picked])
+                choice = {"n_utterances": len(deciding), "sets_tried": len(store.tried())}
             bar = progress.add_task(
-                reading.CUTS[question.cut].ing, total=len(usable) * (2 + len(sets))
+                reading.CUTS[question.cut].ing,
+                total=len(study.utterances) * (2 + len(study.layer_sets)),
             )
             run_layer_study(listener, study, store, lambda n: progress.update(bar, advance=n))
         store.export_parquet(out / "rows.parquet")
         rows = store.frame()
-    unread = question.unread_block(listener.processor, n_layers, waves)
+    labels = [format_layers(layers) for layers in study.layer_sets]
+    unread = question.unread_block(listener.processor, n_layers, study.waves)
+    n = len(study.utterances)
     results: dict[str, Any] = {
         "schema": SCHEMA,
         "run": study.run,
         "question": question._asdict(),
         "checkpoint": describe_checkpoint(checkpoint, listener),
-        "data": describe_data(options.data, manifest, usable, waves, left_out),
-        "n_utterances": len(usable),
+        "data": describe_data(options.data, manifest, study, left_out),
+        "choice": choice,
+        "n_utterances": n,
         **score_layers(rows, question.cut, labels, question.positions, unread, options.seed),
         **provenance(
             seed=options.seed, command=["python -m melprobe.ablate", *map(shlex.quote, words)]
         ),
-        "warnings": warnings(len(usable)),
+        "warnings": warnings(n),
     }
+    for layer, label in zip(results["layers"], labels, strict=True):
+        layer["picked_by"] = ways.get(label, [])
     seconds = rows[rows.condition == "intact"].seconds.sum()
     results["baseline"]["rtfx"] = results["data"]["seconds"] / seconds
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    keep_examples(out, rows, usable, waves)
+    keep_examples(out, rows, study)
     print(f"report: {render(out)}")
+
+
+def picked_sets(
+    listener: Listener,
+    study: LayerStudy,
+    question: Question,
+    store: RowStore,
+    progress: Progress,
+) -> list[Picked]:
+    """The sets of blocks that `question` asks for, chosen on the clips of `study`."""
+    bar = progress.add_task("choosing blocks", total=None)
+    blocks = [block for layers in study.layer_sets for block in layers]
+    picked = choose_sets(
+        listener, study, question, blocks, store, lambda n: progress.update(bar, advance=n)
+    )
+    progress.update(bar, total=len(store.tried()), completed=len(store.tried()))
+    return picked
 
 
 def warnings(n: int) -> list[str]:
@@ -202,9 +235,10 @@ def describe_checkpoint(folder: Path, listener: Listener) -> dict[str, Any]:
 
 
 def describe_data(
-    name: str, manifest: Path, usable: list[Utterance], waves: list[np.ndarray], left_out: list[str]
+    name: str, manifest: Path, study: LayerStudy, left_out: list[str]
 ) -> dict[str, Any]:
-    speakers = {u.speaker for u in usable if u.speaker}
+    n = len(study.utterances)
+    speakers = {u.speaker for u in study.utterances if u.speaker}
     if len(speakers) == 1:
         scope = "one speaker: it can show what this model does with this voice, not with others"
     elif len(speakers) < 10:
@@ -213,21 +247,19 @@ def describe_data(
         scope = f"{len(speakers)} speakers, resampled whole: it speaks of speakers like these"
     return {
         "name": name,
-        "n_utterances": len(usable),
+        "n_utterances": n,
         "n_speakers": len(speakers),
-        "seconds": round(sum(map(len, waves)) / SAMPLE_RATE, 2),
+        "seconds": round(sum(map(len, study.waves)) / SAMPLE_RATE, 2),
         "sha256": file_sha256(manifest),
-        "note": f"{len(usable)} utterances of {scope}.",
+        "note": f"{n} utterances of {scope}.",
         "left_out": left_out,
     }
 
 
-def keep_examples(
-    out: Path, rows: pd.DataFrame, usable: list[Utterance], waves: list[np.ndarray]
-) -> None:
+def keep_examples(out: Path, rows: pd.DataFrame, study: LayerStudy) -> None:
     """Put a few clips beside the rows, so that the report can be rebuilt from its folder alone."""
     (out / "audio").mkdir(exist_ok=True)
-    wave_of = {u.id: wave for u, wave in zip(usable, waves, strict=True)}
+    wave_of = {u.id: wave for u, wave in zip(study.utterances, study.waves, strict=True)}
     for utterance in chosen_utterances(rows):
         soundfile.write(clip_path(out, utterance), wave_of[utterance], SAMPLE_RATE)
 

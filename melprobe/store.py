@@ -72,7 +72,8 @@ class Row:
     insertions: int
     reference_words: int
     seconds: float
-    """wall time, the batch's shared out: of transcribing, under a cut of scoring as well"""
+    """wall time, the batch's shared out: of transcribing; under a cut, of scoring and of what can
+    be told of the answer by it"""
     block_influence: float | None = None
     """1 − mean cos(h_l, h_l+1) of the intact model at the study's positions; single layers only"""
     angular_distance: float | None = None
@@ -120,13 +121,19 @@ class RowStore:
             self._db.execute(
                 "CREATE TABLE IF NOT EXISTS settings (key TEXT PRIMARY KEY, value TEXT) STRICT"
             )
+            self._db.execute(
+                "CREATE TABLE IF NOT EXISTS tried (layers TEXT PRIMARY KEY, damage REAL) STRICT"
+            )
         if settings is not None:
             self._keep(settings)
 
     def _keep(self, settings: Mapping[str, object]) -> None:
         new = {key: json.dumps(value, sort_keys=True) for key, value in settings.items()}
         if not self.done():  # no row was made with whatever settings are there
+            old = dict(self._db.execute("SELECT key, value FROM settings"))
             with self._db:
+                if old != new:
+                    self._db.execute("DELETE FROM tried")
                 self._db.execute("DELETE FROM settings")
                 self._db.executemany("INSERT INTO settings VALUES (?, ?)", new.items())
             return
@@ -172,6 +179,15 @@ class RowStore:
     def done(self) -> set[Key]:
         """Keys of all rows that are there, to skip when a run goes on."""
         return {Key(*row) for row in self._db.execute(f"SELECT {', '.join(Key._fields)} FROM rows")}
+
+    def tried(self) -> dict[str, float]:
+        """Damage of the sets of blocks that a choice has tried, by label."""
+        return dict(self._db.execute("SELECT layers, damage FROM tried"))
+
+    def add_tried(self, layers: str, damage: float) -> None:
+        """Remember the damage of a set that was tried."""
+        with self._db:
+            self._db.execute("INSERT INTO tried VALUES (?, ?)", (layers, damage))
 
     def frame(self) -> pd.DataFrame:
         """All rows, sorted by key, so that an interrupted run gives the same frame."""

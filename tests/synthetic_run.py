@@ -50,6 +50,7 @@ def synthetic_layer(layer: int | str, damage: float, rng: np.random.Generator, *
         "deletions": deletions,
         "insertions": insertions,
         "zero_by_construction": False,
+        "picked_by": [],
         **changes,
     }
 
@@ -62,7 +63,7 @@ def synthetic_results(damages: Sequence[float], *, passed: bool = True) -> Resul
     last = {"delta_wer": 0.0, "zero_by_construction": True, **nothing}
     layers.append(synthetic_layer(len(damages) - 1, 0.0, rng, **last))
     return {
-        "schema": 2,
+        "schema": 3,
         "run": "synthetic",
         "question": {"cut": "skip", "positions": "speech", "layers": "each block in turn"},
         "checkpoint": {
@@ -75,6 +76,7 @@ def synthetic_results(damages: Sequence[float], *, passed: bool = True) -> Resul
             "trained_on": ["made-up speech", "more made-up speech"],
             "dtype": "float32",
         },
+        "choice": None,
         "data": {
             "name": "synthetic/test",
             "n_utterances": len(SENTENCES),

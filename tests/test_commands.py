@@ -187,6 +187,8 @@ def test_a_study_says_what_the_model_does_under_the_same_cut(folder, sweep):
         (["--skip-layers", ""], "is not a number"),
         (["--skip-layers", "windows:9"], "take windows:N with N from 2 to 3"),
         (["--skip-layers", "windows"], "is not a number"),
+        (["--skip-layers", "picks:1"], "take picks:N with N from 2 to 3"),
+        (["--skip-layers", "greedy", "--limit", "3"], "takes half of the clips, and there are 3"),
         (["--skip-layers", "--positions", "vowels"], "there are bos, prompt, speech"),
         (["--skip-layers", "--positions", "speech:2-1"], "give seconds from and to"),
         (["--skip-layers", "--positions", "speech:60-70"], "the longest clip lasts"),

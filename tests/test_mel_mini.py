@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from melprobe.analysis.sweep import swap_partners
 from melprobe.analysis.wer import corpus_wer, count_errors
 from melprobe.audio.load import load_utterance
 from melprobe.corpus.manifest import read_manifest
+from melprobe.hooks.layers import parse_layers
 
 WORDS = Path(__file__).parent / "data" / "words.jsonl"
 LIMIT = 40
@@ -68,3 +70,24 @@ def test_its_layer_study_passes_the_gate(tmp_path):
     first, *_, last = found["layers"]
     assert first["damage"] == max(layer["damage"] for layer in found["layers"])
     assert first["delta_nll_ci"][0] > 1 and last["damage"] == 0
+
+
+@pytest.mark.parametrize(("layers", "n_sets"), [("greedy", (2, 9)), ("picks:3", (1, 4))])
+def test_sets_are_chosen_on_clips_that_are_not_reported(tmp_path, layers, n_sets):
+    words = ["--checkpoint", "mel-mini", "--data", str(WORDS), "--limit", "0", "--device", "cpu"]
+    ablate.main(["--skip-layers", layers, *words, "--out", str(tmp_path / "run")])
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    rows = pd.read_parquet(tmp_path / "run" / "rows.parquet")
+    assert found["choice"]["n_utterances"] == found["n_utterances"] == 8
+    assert len(set(rows.utterance)) == 8
+    sets = [parse_layers(str(layer["layer"]), 10) for layer in found["layers"]]
+    assert n_sets[0] <= len(sets) <= n_sets[1]
+    ways = [way for layer in found["layers"] for way in layer["picked_by"]]
+    if layers == "greedy":
+        assert [len(blocks) for blocks in sets] == list(range(1, len(sets) + 1))
+        assert set(ways) == {"greedy"}
+    else:
+        assert {len(blocks) for blocks in sets} == {3}
+        assert sorted(ways) == ["angular distance", "beam search", "block influence", "greedy"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "clips reported here had no part in it" in page

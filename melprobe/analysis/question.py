@@ -26,22 +26,37 @@ class Question(NamedTuple):
     cut: CutName
     positions: str
     layers: str
-    """EACH_BLOCK, one of `reading.SERIES`, or a set such as 3,5-8."""
+    """EACH_BLOCK, one of `reading.SERIES`, picks:N, or a set such as 3,5-8."""
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the sets are found by measuring; see `melprobe.analysis.choice`."""
+        return self.layers == "greedy" or self.layers.startswith("picks:")
+
+    def picks(self, n_blocks: int) -> int:
+        """N of picks:N."""
+        return _number(self.layers, "picks", 2, n_blocks - 1)
 
     def layer_sets(self, n_layers: int, with_lora: Sequence[int]) -> list[list[int]]:
-        """The sets of blocks that are cut in turn; with_lora: those that an adapter changed."""
+        """The sets of blocks that are cut in turn; where they are chosen, each block to choose
+
+        from. with_lora: blocks that an adapter changed.
+        """
         if self.cut == "without-lora" and not with_lora:
             raise UsageError("--without-lora: this checkpoint has no LoRA, it was tuned whole")
-        sets = _layer_sets(self.layers, n_layers)
-        if self.cut != "without-lora":
-            return sets
-        there = [layers for layers in sets if set(layers) <= set(with_lora)]
-        if not there or (self.layers not in {EACH_BLOCK} and len(there) < len(sets)):
-            raise UsageError(
-                f"--without-lora {self.layers}: this checkpoint has LoRA in blocks "
-                f"{', '.join(map(str, with_lora))} only"
-            )
-        return there
+        sets = _layer_sets(EACH_BLOCK if self.chooses else self.layers, n_layers)
+        if self.cut == "without-lora":
+            there = [layers for layers in sets if set(layers) <= set(with_lora)]
+            named = self.layers != EACH_BLOCK and not self.chooses
+            if not there or (named and len(there) < len(sets)):
+                raise UsageError(
+                    f"--without-lora {self.layers}: this checkpoint has LoRA in blocks "
+                    f"{', '.join(map(str, with_lora))} only"
+                )
+            sets = there
+        if self.layers.startswith("picks:"):
+            self.picks(len(sets))
+        return sets
 
     def check(self, processor: MelLLMProcessor) -> None:
         """UsageError where the prompt leaves nothing to ask."""
@@ -125,9 +140,14 @@ def _layer_sets(text: str, n_layers: int) -> list[list[int]]:
     if text == "suffixes":
         return [list(range(n_layers - n, n_layers)) for n in range(1, n_layers + 1)]
     if text.startswith("windows:"):
-        size = text.removeprefix("windows:")
-        if not (size.isascii() and size.isdecimal() and 2 <= int(size) < n_layers):
-            raise UsageError(f"layers {text!r}: take windows:N with N from 2 to {n_layers - 1}")
-        width = int(size)
+        width = _number(text, "windows", 2, n_layers - 1)
         return [list(range(first, first + width)) for first in range(n_layers - width + 1)]
     return [parse_layers(text, n_layers)]
+
+
+def _number(text: str, name: str, low: int, high: int) -> int:
+    """N of `name:N`."""
+    size = text.removeprefix(f"{name}:")
+    if not (size.isascii() and size.isdecimal() and low <= int(size) <= high):
+        raise UsageError(f"layers {text!r}: take {name}:N with N from {low} to {high}")
+    return int(size)

@@ -56,6 +56,30 @@ class LayerStudy:
         ]
         return list(batches_by_length(lengths, self.batch_positions))
 
+    def of(self, places: Sequence[int]) -> "LayerStudy":
+        """The same on some of the clips, which swap their audio among themselves."""
+        utterances = [self.utterances[i] for i in places]
+        return replace(
+            self,
+            utterances=utterances,
+            waves=[self.waves[i] for i in places],
+            partners=swap_partners(utterances),
+        )
+
+    def variant(self, listener: Listener, layers: Sequence[int]) -> Variant:
+        """These blocks cut, as the study cuts blocks."""
+        match self.cut:
+            case "skip":
+                # It changes what the block hands on, but not what the block computes.
+                return Variant(partial(listener.skip, layers, self.positions), min(layers) + 1)
+            case "knock-out":
+                return Variant(partial(listener.knock_out, layers, self.positions), min(layers))
+            case "bypass":
+                return Variant(partial(listener.bypass, layers, self.positions), min(layers))
+            case "without-lora":
+                cut = partial(listener.without_lora, layers)
+                return Variant(cut, min(layers), by_position=False)
+
 
 def swap_partners(utterances: Sequence[Utterance]) -> list[int]:
     """For each clip, another one of the most similar length that says something else.
@@ -122,23 +146,9 @@ class _Batch:
             kl = kl_per_clip(replay.scores, swapped.scores)
             keep("swapped", "", replace(swapped.intact, kl=kl))
         cuts = [label for condition, label in missing if condition == self.study.cut]
-        variants = (self._variant(sets[label]) for label in cuts)
+        variants = (self.study.variant(self.listener, sets[label]) for label in cuts)
         for label, heard in zip(cuts, replay.hear_each(variants), strict=True):
             keep(self.study.cut, label, heard)
-
-    def _variant(self, layers: Sequence[int]) -> Variant:
-        study, listener = self.study, self.listener
-        match study.cut:
-            case "skip":
-                # It changes what the block hands on, but not what the block computes.
-                return Variant(partial(listener.skip, layers, study.positions), min(layers) + 1)
-            case "knock-out":
-                return Variant(partial(listener.knock_out, layers, study.positions), min(layers))
-            case "bypass":
-                return Variant(partial(listener.bypass, layers, study.positions), min(layers))
-            case "without-lora":
-                cut = partial(listener.without_lora, layers)
-                return Variant(cut, min(layers), by_position=False)
 
     def _rows(
         self,

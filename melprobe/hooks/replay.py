@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -189,14 +188,16 @@ class Replay:
     def _draft_start(self) -> int:
         return self.n_prompt + self.references.shape[1]
 
-    def block_change(self, positions: str) -> list[tuple[Tensor, Tensor]]:
+    def block_change(self, positions: str, span: int = 1) -> list[tuple[Tensor, Tensor]]:
         """(B,) mean cosine and angle / π by which each block of the intact model turns the residual
 
         at these positions of prompt and reference; see `melprobe.hooks.cuts.turn`.
+        span: blocks from each one on that are taken together.
         """
         where = selected(self.kinds, positions, self.model.config.frames_per_patch)
         where[:, self._draft_start :] = False
-        return [turn(*pair, where) for pair in pairwise(self.residuals)]
+        pairs = zip(self.residuals, self.residuals[span:], strict=False)
+        return [turn(*pair, where) for pair in pairs]
 
     def _keep(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         before, after = residuals(args, kwargs, output)

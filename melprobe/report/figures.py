@@ -181,9 +181,12 @@ def _block_axis(ax: Axes, results: Results, narrow: bool) -> list[int]:
     xs = [reading.where_on_axis(results, layer) for layer in results["layers"]]
     ax.set_xticks(sorted(xs)[:: 5 if len(xs) > (12 if narrow else 36) else 1])
     ax.set_xlim(min(xs) - 0.8, max(xs) + 0.8)
-    which = reading.SERIES.get(reading.series(results), "block")
+    which = reading.SERIES.get(reading.series(results), "block {1}")
     size = results["question"]["layers"].partition(":")[2]
-    ax.set_xlabel(f"{which.format(size)} {reading.cut(results).done}")
+    ax.set_xlabel(which.format(size, reading.cut(results).done))
+    if reading.series(results) == "picks":
+        ways = ["\n".join(layer["picked_by"]) for layer in results["layers"]]
+        ax.set_xticks(xs, ways)
     return xs
 
 

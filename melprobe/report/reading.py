@@ -17,11 +17,13 @@ OUTCOMES: dict[Outcome, str] = {
     "built-in": "zero by construction",
 }
 EACH_BLOCK = "each block in turn"
-# Series of sets, and which block of a set stands for it on an axis.
+# Series of sets, and what stands for a set on an axis: {0} is its N, {1} how blocks are cut.
 SERIES = {
-    "windows": "first of {} neighbouring blocks",
-    "prefixes": "highest of the bottom blocks",
-    "suffixes": "lowest of the top blocks",
+    "windows": "first of {0} neighbouring blocks {1}",
+    "prefixes": "highest of the bottom blocks {1}",
+    "suffixes": "lowest of the top blocks {1}",
+    "greedy": "number of blocks {1}, the least harmful next",
+    "picks": "how the {0} blocks {1} were chosen",
 }
 
 
@@ -73,9 +75,17 @@ def series(results: Results) -> str:
 
 
 def where_on_axis(results: Results, layer: Layer) -> int:
-    """The block that stands for a set in a figure: see SERIES."""
+    """Where a set stands in a figure: see SERIES."""
+    if series(results) in {"greedy", "picks"}:
+        return results["layers"].index(layer) + 1
     first, _, last = str(layer["layer"]).partition("-")
     return int(last or first) if series(results) == "prefixes" else int(first)
+
+
+def tick(results: Results, layer: Layer) -> str:
+    """What a set is called on the map."""
+    picks = series(results) == "picks"
+    return label_text(layer["layer"]) if picks else str(where_on_axis(results, layer))
 
 
 def by_damage(layers: Sequence[Layer]) -> list[Layer]:
@@ -151,6 +161,11 @@ def _series_headline(results: Results) -> str:
         after = f"; {names(built_in)} costs nothing by construction, which is no finding."
     kinds = [outcome(layer, margin) for layer in counted]
     done = cut(results).done
+    if series(results) == "picks":
+        ordered = by_damage(counted)[::-1]
+        size = results["question"]["layers"].partition(":")[2]
+        found = "; ".join(_pick(layer, margin) for layer in ordered)
+        return f"{where}, of {size} blocks {done} together, {found}{after}"
     if series(results) == "windows":
         ordered = by_damage(counted)
         ends = ", ".join(
@@ -177,6 +192,14 @@ def _series_headline(results: Results) -> str:
     if more.startswith("block "):
         verb = verb.replace(" ", "s ", 1)
     return f"{found}; {more} {verb} ({equals(number(counted[free]['damage']))}){after}"
+
+
+def _pick(layer: Layer, margin: float) -> str:
+    ways = layer["picked_by"]
+    return (
+        f"{listing(ways)} {'choose' if len(ways) > 1 else 'chooses'} {names([layer])} "
+        f"({equals(number(layer['damage']))}, {OUTCOMES[outcome(layer, margin)]})"
+    )
 
 
 def _costly(costly: Sequence[Layer], where: str, margin: float) -> list[str]:

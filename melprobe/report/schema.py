@@ -1,4 +1,4 @@
-"""The shape of `results.json`, version 2, and its loader.
+"""The shape of `results.json`, version 3, and its loader.
 
 Rates (WER) are fractions, not percent; nll, gaps and kl are nat per answer token; `*_ci` and
 `*_gap_ci` are [low, high]. `None` stands where a score has no meaning for that row, or where so few
@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 
 from melprobe.errors import UsageError
 
-SCHEMA = 2
+SCHEMA = 3
 Interval = tuple[FiniteFloat, FiniteFloat]
 
 
@@ -23,7 +23,8 @@ class Question(TypedDict):
     positions: str
     """speech, text, prompt, answer, bos, all, or times of speech such as speech:0.5-1.2"""
     layers: str
-    """"each block in turn", "windows:4", "prefixes", "suffixes", or a set such as "3,5-8" """
+    """"each block in turn", "windows:4", "prefixes", "suffixes", "greedy", "picks:4", or a set such
+    as "3,5-8" """
 
 
 class Checkpoint(TypedDict):
@@ -47,6 +48,14 @@ class Data(TypedDict):
     """one line: what this data set can and can't show"""
     left_out: list[str]
     """one line for each recording that could not be used"""
+
+
+class Choice(TypedDict):
+    """Of sets that were chosen by measuring."""
+
+    n_utterances: int
+    """that were spent on the choice; the others are reported"""
+    sets_tried: int
 
 
 class Baseline(TypedDict):
@@ -88,6 +97,8 @@ class Layer(TypedDict):
     deletions: int
     insertions: int
     zero_by_construction: bool
+    picked_by: list[str]
+    """of a set that was chosen by measuring: the ways of choosing that came upon it"""
 
 
 class Margin(TypedDict):
@@ -100,6 +111,7 @@ class Results(TypedDict):
     question: Question
     checkpoint: Checkpoint
     data: Data
+    choice: Choice | None
     n_utterances: int
     seed: int
     baseline: Baseline

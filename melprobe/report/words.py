@@ -38,6 +38,9 @@ SETS = {
     "windows": "each run of {0} neighbouring blocks is {1} in turn",
     "prefixes": "the lowest block is {1}, then the two lowest together, and so on,",
     "suffixes": "the highest block is {1}, then the two highest together, and so on,",
+    "greedy": "the block whose loss hurts least is {1}, then with it the next least harmful, and "
+    "so on until the margin is passed,",
+    "picks": "sets of {0} blocks, chosen in four ways, are {1} in turn",
 }
 PLACES = {
     "speech": "at the positions that hold sound{}, and there only",

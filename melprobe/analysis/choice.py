@@ -1,0 +1,173 @@
+"""Which blocks to cut together: the mildest sets, chosen on clips that are not reported.
+
+The mildest of many sets looks milder than it is on the clips that chose it. So a study that
+chooses spends half of its clips on the choice, by likelihood alone, and reports on the others.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+
+from melprobe.analysis.damage import DAMAGE_MARGIN
+from melprobe.analysis.question import Question
+from melprobe.analysis.sweep import LayerStudy
+from melprobe.errors import UsageError
+from melprobe.hooks.layers import format_layers
+from melprobe.listener import Listener
+from melprobe.store import RowStore
+
+MOST_CLIPS = 60
+"""spent on a choice: their residuals stay in memory"""
+BEAM = 4
+
+BlockSet = frozenset[int]
+
+
+class Picked(NamedTuple):
+    """A set of blocks, and which ways of choosing came upon it."""
+
+    layers: list[int]
+    by: list[str]
+
+
+def choose_sets(
+    listener: Listener,
+    study: LayerStudy,
+    question: Question,
+    blocks: Collection[int],
+    store: RowStore,
+    advance: Callable[[int], None],
+) -> list[Picked]:
+    """The sets that `question` asks for, in order.
+
+    study: of the clips that choose; blocks: those that may be cut. Damages that were computed are
+    kept in `store`, so that a stopped choice goes on; `advance(n)` hears of n sets done.
+    """
+    trials = Trials(listener, study, store, advance)
+    if question.layers == "greedy":
+        return [Picked(sorted(blocks), ["greedy"]) for blocks in greedy(trials, blocks)]
+    n = question.picks(len(blocks))
+    found = {
+        "greedy": beam_search(trials, blocks, n, width=1),
+        "beam search": beam_search(trials, blocks, n, BEAM),
+        "angular distance": trials.least_turned(blocks, n),
+        "block influence": trials.least_influential(blocks, n),
+    }
+    sets = list(dict.fromkeys(found.values()))
+    return [Picked(sorted(s), [way for way, its in found.items() if its == s]) for s in sets]
+
+
+def halves(n: int) -> tuple[list[int], list[int]]:
+    """Places of the clips that choose and of those that are reported, of n.
+
+    UsageError where there are too few.
+    """
+    if n < 4:
+        raise UsageError(
+            f"choosing blocks takes half of the clips, and there are {n}: take 4 or more (--limit)"
+        )
+    deciding = range(0, min(n, 2 * MOST_CLIPS), 2)
+    return list(deciding), sorted(set(range(n)) - set(deciding))
+
+
+class Trials:
+    """The damage d of any set of blocks on the clips that choose; see `melprobe.analysis.damage`"""
+
+    def __init__(
+        self,
+        listener: Listener,
+        study: LayerStudy,
+        store: RowStore,
+        advance: Callable[[int], None],
+    ):
+        self.listener, self.study, self.store, self.advance = listener, study, store, advance
+        self.replays, intact, swapped = [], 0.0, 0.0
+        for batch in study.batches(listener.processor):
+            waves = [study.waves[i] for i in batch]
+            others = [study.waves[study.partners[i]] for i in batch]
+            texts = [study.utterances[i].text for i in batch]
+            replay = listener.replay(waves, texts, 0)
+            self.replays.append(replay)
+            intact += replay.intact.nll.sum().item()
+            swapped += listener.replay(others, texts, 0).intact.nll.sum().item()
+        self.intact, self.gap = intact, swapped - intact
+        if self.gap <= 0:
+            raise UsageError(
+                "choosing blocks: another clip's audio does not hurt this model, so there is no "
+                "damage to choose by; see the listening gate in a report without a choice"
+            )
+        self.known = store.tried()
+
+    def damage(self, sets: Iterable[BlockSet]) -> dict[BlockSet, float]:
+        """Of each of these sets."""
+        sets = list(sets)
+        for blocks in sets:
+            label = format_layers(blocks)
+            if label in self.known:
+                continue
+            variant = self.study.variant(self.listener, sorted(blocks))
+            nll = sum(
+                heard.nll.sum().item()
+                for replay in self.replays
+                for heard in replay.hear_each([variant])
+            )
+            self.known[label] = (nll - self.intact) / self.gap
+            self.store.add_tried(label, self.known[label])
+            self.advance(1)
+        return {blocks: self.known[format_layers(blocks)] for blocks in sets}
+
+    def least_turned(self, blocks: Collection[int], n: int) -> BlockSet:
+        """The n neighbouring blocks that turn the residual least together (2403.17887)."""
+        angle = self._mean_change(n, 1)
+        firsts = [b for b in sorted(blocks) if set(range(b, b + n)) <= set(blocks)]
+        if not firsts:
+            raise UsageError(f"picks:{n}: there are no {n} neighbouring blocks to choose")
+        first = min(firsts, key=lambda block: angle[block])
+        return frozenset(range(first, first + n))
+
+    def least_influential(self, blocks: Collection[int], n: int) -> BlockSet:
+        """The n blocks of the least block influence, 1 − cos (ShortGPT, 2403.03853)."""
+        cosine = self._mean_change(1, 0)
+        return frozenset(sorted(blocks, key=lambda block: -cosine[block])[:n])
+
+    def _mean_change(self, span: int, score: int) -> Mapping[int, float]:
+        """Mean over clips, by first block, of the cosine (score 0) or the angle (1)."""
+        changes = [replay.block_change(self.study.positions, span) for replay in self.replays]
+        return {
+            first: torch.cat([change[first][score] for change in changes]).mean().item()
+            for first in range(len(changes[0]))
+        }
+
+
+def greedy(trials: Trials, blocks: Collection[int]) -> list[BlockSet]:
+    """Drop the least harmful block next, until the damage passes the margin."""
+    path = [frozenset[int]()]
+    while path[-1] != frozenset(blocks):
+        damage = trials.damage(_larger(path[-1:], blocks))
+        path.append(_mildest(damage, 1)[0])
+        if damage[path[-1]] > DAMAGE_MARGIN:
+            break
+    return path[1:]
+
+
+def beam_search(trials: Trials, blocks: Collection[int], n: int, width: int) -> BlockSet:
+    """The mildest set of n blocks that grows out of the `width` mildest of n - 1, and so on."""
+    beam = [frozenset[int]()]
+    for _ in range(n):
+        beam = _mildest(trials.damage(_larger(beam, blocks)), width)
+    return beam[0]
+
+
+def _larger(sets: Iterable[BlockSet], blocks: Collection[int]) -> list[BlockSet]:
+    """Each set with each other block added, once."""
+    return list(
+        dict.fromkeys(
+            before | {block} for before in sets for block in sorted(blocks) if block not in before
+        )
+    )
+
+
+def _mildest(damage: Mapping[BlockSet, float], n: int) -> list[BlockSet]:
+    """Ties fall to the highest blocks."""
+    return sorted(damage, key=lambda blocks: (damage[blocks], [-b for b in sorted(blocks)]))[:n]
