@@ -75,6 +75,18 @@ def parser() -> Parser:
         help=f"one of {', '.join(POSITIONS)}, or seconds of speech such as speech:0.5-1.2 "
         "(default: speech; with --without-lora all)",
     )
+    p.add_argument(
+        "--readers",
+        metavar="POSITIONS",
+        help="with --knockout: the positions that are not to read (default: all others)",
+    )
+    p.add_argument(
+        "--beyond",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="with --knockout --readers speech: hide only what sounds so much earlier",
+    )
     p.add_argument("--checkpoint", default=DEFAULT, help="name under checkpoints/, or a folder")
     p.add_argument("--data", default="builtin/test", help="manifest, or name like queen/test")
     p.add_argument("--limit", type=int, default=30, help="number of utterances (0: all)")
@@ -116,9 +128,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         utterances=usable,
         waves=waves,
         partners=swap_partners(usable),
-        cut=question.cut,
+        question=question,
         layer_sets=sets,
-        positions=question.positions,
         max_new_tokens=answer_limit(listener, usable),
     )
     settings = {
@@ -129,6 +140,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "cut": question.cut,
         "layers": question.layers,
         "positions": question.positions,
+        "readers": question.readers,
+        "beyond": question.beyond,
         "seed": options.seed,
         "max_new_tokens": study.max_new_tokens,
         "dtype": str(listener.model.dtype),
@@ -139,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with RowStore(out / "rows.sqlite", settings) as store:
         with Progress(console=Console(stderr=True)) as progress:
             if question.chooses:
-                picked = picked_sets(listener, study.of(deciding), question, store, progress)
+                picked = picked_sets(listener, study.of(deciding), store, progress)
                 ways = {format_layers(layers): by for layers, by in picked}
                 study = replace(study.of(reported), layer_sets=[layers for layers, _ in picked])
                 choice = {"n_utterances": len(deciding), "sets_tried": len(store.tried())}
@@ -177,18 +190,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def picked_sets(
-    listener: Listener,
-    study: LayerStudy,
-    question: Question,
-    store: RowStore,
-    progress: Progress,
+    listener: Listener, study: LayerStudy, store: RowStore, progress: Progress
 ) -> list[Picked]:
-    """The sets of blocks that `question` asks for, chosen on the clips of `study`."""
+    """The sets of blocks that the study's question asks for, chosen on its clips."""
     bar = progress.add_task("choosing blocks", total=None)
     blocks = [block for layers in study.layer_sets for block in layers]
-    picked = choose_sets(
-        listener, study, question, blocks, store, lambda n: progress.update(bar, advance=n)
-    )
+    picked = choose_sets(listener, study, blocks, store, lambda n: progress.update(bar, advance=n))
     progress.update(bar, total=len(store.tried()), completed=len(store.tried()))
     return picked
 
@@ -208,7 +215,11 @@ def default_out(options: Any, question: Question, checkpoint: Path) -> Path:
     layers = "" if question.layers == EACH_BLOCK else f"-layers-{question.layers}"
     data = options.data.removesuffix(".jsonl").replace("/", "-").strip("-.")
     seed = f"-seed{options.seed}" if options.seed else ""
-    how = f"{question.cut}-{question.positions}{layers}-n{options.limit}{seed}".replace(":", "-")
+    hidden = f"-from-{question.readers}" if question.readers else ""
+    hidden += f"-beyond-{question.beyond:g}" if question.beyond else ""
+    how = f"{question.cut}-{question.positions}{hidden}{layers}-n{options.limit}{seed}".replace(
+        ":", "-"
+    )
     return Path("reports") / f"{checkpoint_name(checkpoint)}-{data}-{how}"
 
 

@@ -68,10 +68,17 @@ class Listener:
         return skip(self.model, layers, positions)
 
     def knock_out(
-        self, layers: Iterable[int], positions: str = "speech"
+        self,
+        layers: Iterable[int],
+        positions: str = "speech",
+        readers: str | None = None,
+        beyond: float = 0.0,
     ) -> AbstractContextManager[None]:
-        """Hide positions in blocks inside a `with`: processed there, not read from elsewhere."""
-        return knock_out(self.model, layers, positions)
+        """Hide positions in blocks inside a `with`: processed there, not read from elsewhere.
+
+        Or not read by `readers`; see `melprobe.hooks.cuts`.
+        """
+        return knock_out(self.model, layers, positions, readers, beyond)
 
     def bypass(
         self, layers: Iterable[int], positions: str = "speech"

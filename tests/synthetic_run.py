@@ -65,7 +65,13 @@ def synthetic_results(damages: Sequence[float], *, passed: bool = True) -> Resul
     return {
         "schema": 3,
         "run": "synthetic",
-        "question": {"cut": "skip", "positions": "speech", "layers": "each block in turn"},
+        "question": {
+            "cut": "skip",
+            "positions": "speech",
+            "readers": "",
+            "beyond": 0.0,
+            "layers": "each block in turn",
+        },
         "checkpoint": {
             "name": "synthetic-smol",
             "sha256": "0" * 64,

@@ -156,7 +156,8 @@ def test_other_cuts_have_rows_scores_and_words_of_their_own(folder, option, cut,
     ablate.main(arguments(folder, option, "--out", str(run)))
     found, rows = results(run), pd.read_parquet(run / "rows.parquet")
     positions = "all" if cut == "without-lora" else "speech"
-    assert found["question"] == {"cut": cut, "positions": positions, "layers": "each block in turn"}
+    expected = {"cut": cut, "positions": positions, "layers": "each block in turn"}
+    assert found["question"] == {"readers": "", "beyond": 0.0, **expected}
     assert set(rows.condition) == {"intact", "swapped", cut}
     last = found["layers"][-1]  # it is read there by what comes after
     assert last["kl"] > 0 and not last["zero_by_construction"]
@@ -196,6 +197,12 @@ def test_a_study_says_what_the_model_does_under_the_same_cut(folder, sweep):
             ["--skip-layers", "--positions", "speech:0.29-0.36"],
             "no patch of any clip",
         ),
+        (["--skip-layers", "--positions", ""], "positions ''"),
+        (["--skip-layers", "--readers", "text"], "go with --knockout"),
+        (["--knockout", "--readers", "vowels"], "there are bos, prompt, speech"),
+        (["--knockout", "--readers", "bos"], "nothing to hide them from"),
+        (["--knockout", "--beyond", "1"], "with --positions speech --readers speech"),
+        (["--knockout", "--readers", "speech", "--beyond", "-1"], "--beyond -1: give seconds"),
         (["--knockout", "--positions", "all"], "nothing to hide them from"),
         (["--knockout", "--positions", "text"], "nothing to hide them from"),
         (["--skip-layers", "--checkpoint", "mel-maxi"], "no checkpoint 'mel-maxi'; there is"),
@@ -290,6 +297,17 @@ def test_series_of_sets_are_cut_in_turn(folder, layers, sets):
     assert set(rows[rows.condition == "skip"].layer) == set(sets)
     page = (run / "report.html").read_text()
     assert ("in turn" if layers == "windows:3" else "and so on") in page
+
+
+def test_speech_can_be_hidden_from_speech_that_sounds_later(folder):
+    run = folder / "far"
+    words = ["--knockout", "--readers", "speech", "--beyond", "0.5", "--out", str(run)]
+    ablate.main(arguments(folder, *words))
+    found, rows = results(run), pd.read_parquet(run / "rows.parquet")
+    assert found["question"]["readers"] == "speech" and found["question"]["beyond"] == 0.5
+    assert (rows[rows.condition == "knock-out"].kl > 0).any()
+    page = (run / "report.html").read_text()
+    assert "as read from speech positions more than 0.5 s later" in page
 
 
 def test_clips_too_short_for_the_seconds_asked_about_are_left_out_and_listed(folder):

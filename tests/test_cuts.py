@@ -3,15 +3,16 @@
 import pytest
 import torch
 
+from melprobe.audio.patches import patch_middle
 from melprobe.errors import UsageError
 from melprobe.hooks.layers import decoder_blocks
-from melprobe.hooks.positions import position_kinds, selected
+from melprobe.hooks.positions import Kind, position_kinds, selected
 from tests.tiny import N_LAYERS, TEXTS, tiny_listener
 
 EVERY_BLOCK = range(N_LAYERS)
 
 
-def cut_by_hand(lm, inputs, layer, positions, *, process, read):
+def cut_by_hand(lm, inputs, layer, positions, *, process, readers=None, beyond=0.0):
     """Logits of the answer from a plain loop over blocks, with one mask written out in full."""
     decoder, grabbed = lm.model.get_decoder(), {}
 
@@ -25,12 +26,17 @@ def cut_by_hand(lm, inputs, layer, positions, *, process, read):
         inputs["input_ids"], lm.processor.audio_token_id, inputs["attention_mask"], inputs["labels"]
     )
     cut = selected(kinds, positions, 8)
+    reads = ~cut if readers is None else selected(kinds, readers, 8)
     rows, width = cut.shape
+    first = [row.index(Kind.SPEECH) for row in kinds.tolist()]
     allowed = torch.zeros(rows, 1, width, width, dtype=torch.bool)
     for row in range(rows):
         for query in range(width):
             for key in range(query + 1):
-                hidden = not read and cut[row, key] and not cut[row, query]
+                hidden = cut[row, key] and reads[row, query] and key != query
+                if beyond:
+                    when = [patch_middle(place - first[row], 8) for place in (key, query)]
+                    hidden = hidden and when[1] - when[0] > beyond
                 present = inputs["attention_mask"][row, key] or key == query
                 allowed[row, 0, query, key] = bool(present) and not hidden
     hidden = grabbed["hidden"]
@@ -50,7 +56,7 @@ def test_cuts_equal_a_loop_over_blocks_with_the_mask_written_out(lm, clips, laye
     inputs = lm.processor(clips, TEXTS)
     plain = lm.model(**inputs).logits
     for name, process in (("knock_out", True), ("bypass", False)):
-        expected = cut_by_hand(lm, inputs, layer, positions, process=process, read=False)
+        expected = cut_by_hand(lm, inputs, layer, positions, process=process)
         with getattr(lm, name)({layer}, positions):
             found = lm.model(**inputs).logits
         assert torch.allclose(found, expected, atol=1e-5)
@@ -58,6 +64,38 @@ def test_cuts_equal_a_loop_over_blocks_with_the_mask_written_out(lm, clips, laye
         nobody_reads = process and positions in {"answer", "text"}
         assert torch.allclose(found, plain, atol=1e-4) == nobody_reads
     assert torch.equal(lm.model(**inputs).logits, plain)
+
+
+@pytest.mark.parametrize(
+    ("positions", "readers", "beyond"),
+    [
+        ("speech", "text", 0.0),
+        ("speech", "answer", 0.0),
+        ("speech", "speech", 0.0),
+        ("speech", "speech", 0.25),
+        ("bos", "speech", 0.0),
+        ("text", "text", 0.0),
+        ("all", "all", 0.0),
+        ("speech:0.2-0.5", "speech:0.4-1", 0.0),
+    ],
+)
+def test_positions_can_be_hidden_from_some_readers_only(lm, clips, positions, readers, beyond):
+    inputs = lm.processor(clips, TEXTS)
+    plain = lm.model(**inputs).logits
+    how = {"readers": readers, "beyond": beyond}
+    expected = cut_by_hand(lm, inputs, 1, positions, process=True, **how)
+    with lm.knock_out({1}, positions, readers, beyond):
+        found = lm.model(**inputs).logits
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found, plain, atol=1e-4)
+
+
+def test_speech_hidden_from_text_is_hidden_from_all_others(lm, clips):
+    """What stands before it can't read it."""
+    with lm.knock_out({1, 2}):
+        expected = lm.score(clips, TEXTS).log_probs
+    with lm.knock_out({1, 2}, "speech", "text"):
+        assert torch.allclose(lm.score(clips, TEXTS).log_probs, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["knock_out", "bypass"])
@@ -104,6 +142,16 @@ def test_cached_decoding_equals_uncached(lm, clips, name, positions):
             assert torch.equal(cached, lm.model.generate(**inputs, use_cache=False, **options))
         static = lm.model.generate(**inputs, cache_implementation="static", **options)
         assert torch.equal(cached, static)
+    assert not torch.equal(cached, lm.model.generate(**inputs, **options))
+
+
+@pytest.mark.parametrize(("readers", "beyond"), [("text", 0.0), ("speech", 0.3)])
+def test_cached_decoding_with_some_readers_equals_uncached(lm, clips, readers, beyond):
+    options = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
+    inputs = lm.processor(clips)
+    with lm.knock_out({0, 2}, "speech", readers, beyond):
+        cached = lm.model.generate(**inputs, **options)
+        assert torch.equal(cached, lm.model.generate(**inputs, use_cache=False, **options))
     assert not torch.equal(cached, lm.model.generate(**inputs, **options))
 
 

@@ -23,7 +23,7 @@ from melprobe.analysis.sweep import LayerStudy, run_layer_study, swap_partners
 from melprobe.audio.load import load_utterance
 from melprobe.corpus.manifest import read_manifest
 from melprobe.hooks.layers import decoder_blocks, format_layers
-from melprobe.report.reading import outcome
+from melprobe.report.reading import EACH_BLOCK, outcome
 from melprobe.store import RowStore
 
 WORDS = Path(__file__).parent / "data" / "words.jsonl"
@@ -103,23 +103,22 @@ def planted():
     return listener, dict(zip(PLANTED, (0, 1, 5, 6, 7), strict=True))
 
 
-def study_of(listener, layer_sets, positions="speech"):
+def study_of(layer_sets, positions="speech", layers=EACH_BLOCK):
     utterances = read_manifest(WORDS)
     return LayerStudy(
         run="planted",
         utterances=utterances,
         waves=[load_utterance(u) for u in utterances],
         partners=swap_partners(utterances),
-        cut="skip",
+        question=Question("skip", positions, layers),
         layer_sets=layer_sets,
-        positions=positions,
         max_new_tokens=16,
     )
 
 
 def scored(listener, layer_sets, positions, path):
     """Layers of results.json, by label."""
-    study = study_of(listener, layer_sets, positions)
+    study = study_of(layer_sets, positions)
     labels = [format_layers(layers) for layers in layer_sets]
     with RowStore(path, {}) as store:
         run_layer_study(listener, study, store, lambda n: None)
@@ -170,7 +169,7 @@ def test_beam_search_finds_the_pair_that_greedy_search_passes_by(planted, tmp_pa
     own = (8, 9)
     pair = frozenset({place["one"], place["other"]})
     with RowStore(tmp_path / "rows", {}) as store:
-        trials = Trials(listener, study_of(listener, []).of(range(6)), store, lambda n: None)
+        trials = Trials(listener, study_of([]).of(range(6)), store, lambda n: None)
         blocks = [*own, *pair]
         assert beam_search(trials, blocks, 2, width=4) == pair
         assert beam_search(trials, blocks, 2, width=1) == frozenset(own)
@@ -178,12 +177,11 @@ def test_beam_search_finds_the_pair_that_greedy_search_passes_by(planted, tmp_pa
 
 def test_greedy_drops_what_does_nothing_first_and_stops_behind_the_margin(planted, tmp_path):
     listener, place = planted
-    ways = Question("skip", "speech", "greedy")
     tried = []
     with RowStore(tmp_path / "rows", {}) as store:
-        study = study_of(listener, []).of(range(6))
-        sets = choose_sets(listener, study, ways, sorted(place.values()), store, tried.append)
-        again = choose_sets(listener, study, ways, sorted(place.values()), store, pytest.fail)
+        study = study_of([], layers="greedy").of(range(6))
+        sets = choose_sets(listener, study, sorted(place.values()), store, tried.append)
+        again = choose_sets(listener, study, sorted(place.values()), store, pytest.fail)
         known = store.tried()
     assert again == sets  # nothing was tried a second time
     first, second, third = (set(layers) for layers, _ in sets)

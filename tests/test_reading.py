@@ -110,7 +110,7 @@ def test_headline_of_windows_counts_them():
 
 def test_headline_without_lora_speaks_of_lora():
     results = as_set(0.3)
-    results["question"] = {"cut": "without-lora", "positions": "all", "layers": "3,5-8"}
+    results["question"] |= {"cut": "without-lora", "positions": "all", "layers": "3,5-8"}
     text = plain(reading.headline(results))
     assert text.startswith("Switching LoRA off in blocks 3, 5–8 at all positions takes the model")
     results = synthetic_results([0.001] * 5)

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 
 from melprobe.analysis.damage import DAMAGE_MARGIN
-from melprobe.analysis.question import Question
 from melprobe.analysis.sweep import LayerStudy
 from melprobe.errors import UsageError
 from melprobe.hooks.layers import format_layers
@@ -34,17 +33,16 @@ class Picked(NamedTuple):
 def choose_sets(
     listener: Listener,
     study: LayerStudy,
-    question: Question,
     blocks: Collection[int],
     store: RowStore,
     advance: Callable[[int], None],
 ) -> list[Picked]:
-    """The sets that `question` asks for, in order.
+    """The sets that the study's question asks for, in order.
 
     study: of the clips that choose; blocks: those that may be cut. Damages that were computed are
     kept in `store`, so that a stopped choice goes on; `advance(n)` hears of n sets done.
     """
-    trials = Trials(listener, study, store, advance)
+    trials, question = Trials(listener, study, store, advance), study.question
     if question.layers == "greedy":
         return [Picked(sorted(blocks), ["greedy"]) for blocks in greedy(trials, blocks)]
     n = question.picks(len(blocks))
@@ -133,7 +131,9 @@ class Trials:
 
     def _mean_change(self, span: int, score: int) -> Mapping[int, float]:
         """Mean over clips, by first block, of the cosine (score 0) or the angle (1)."""
-        changes = [replay.block_change(self.study.positions, span) for replay in self.replays]
+        changes = [
+            replay.block_change(self.study.question.positions, span) for replay in self.replays
+        ]
         return {
             first: torch.cat([change[first][score] for change in changes]).mean().item()
             for first in range(len(changes[0]))

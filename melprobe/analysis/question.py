@@ -27,6 +27,10 @@ class Question(NamedTuple):
     positions: str
     layers: str
     """EACH_BLOCK, one of `reading.SERIES`, picks:N, or a set such as 3,5-8."""
+    readers: str = ""
+    """Of a knock-out: the positions that are not to read; "" for all others."""
+    beyond: float = 0.0
+    """Of a knock-out of speech from speech: seconds within which it is read."""
 
     @property
     def chooses(self) -> bool:
@@ -60,17 +64,22 @@ class Question(NamedTuple):
 
     def check(self, processor: MelLLMProcessor) -> None:
         """UsageError where the prompt leaves nothing to ask."""
-        kinds = set(parse_positions(self.positions).kinds)
         if self.positions == "prompt" and not processor.before + processor.after:
             raise UsageError("positions 'prompt': this checkpoint has no words around the audio")
-        # What comes after the answer, or after the audio without words before it, is text itself.
-        last = {Kind.ANSWER} if processor.before else {Kind.ANSWER, Kind.PROMPT}
-        unread = self.positions == "all" or (Kind.ANSWER in kinds and kinds <= last)
-        if self.cut == "knock-out" and unread:
+        if self.cut == "knock-out" and not self._hides(processor):
+            who = f" --readers {self.readers}" if self.readers else ""
             raise UsageError(
-                f"--knockout --positions {self.positions}: nothing else stands where these could "
-                "be read, so there is nothing to hide them from"
+                f"--knockout --positions {self.positions}{who}: nothing that stands behind these "
+                "could read them, so there is nothing to hide them from"
             )
+
+    def _hides(self, processor: MelLLMProcessor) -> bool:
+        """Whether any reader stands behind any of the positions."""
+        order = [Kind.BOS, *[Kind.PROMPT] * bool(processor.before), Kind.SPEECH, Kind.SPEECH]
+        order += [*[Kind.PROMPT] * bool(processor.after), Kind.ANSWER, Kind.ANSWER]
+        there = set(parse_positions(self.positions).kinds)
+        readers = set(parse_positions(self.readers).kinds) if self.readers else set(Kind) - there
+        return any(kind in there and readers & set(order[i + 1 :]) for i, kind in enumerate(order))
 
     def unread_block(
         self, processor: MelLLMProcessor, n_layers: int, waves: Sequence[np.ndarray]
@@ -122,13 +131,21 @@ def asked(options: Any, cuts: dict[str, CutName]) -> Question:
         if (layers := getattr(options, option.removeprefix("--").replace("-", "_"))) is not None
     }
     ((cut, layers),) = given.items()
-    if cut != "without-lora":
-        question = Question(cut, options.positions or "speech", layers)
-    elif options.positions in (None, "all"):
-        question = Question(cut, "all", layers)
-    else:
+    if cut != "knock-out" and (options.readers is not None or options.beyond):
+        raise UsageError("--readers and --beyond go with --knockout")
+    if cut == "without-lora" and options.positions not in (None, "all"):
         raise UsageError("--without-lora: LoRA goes off at all positions; leave --positions out")
-    parse_positions(question.positions)
+    positions = "all" if cut == "without-lora" else options.positions
+    positions = "speech" if positions is None else positions
+    parse_positions(positions)
+    if options.readers is not None:
+        parse_positions(options.readers)
+    question = Question(cut, positions, layers, options.readers or "", options.beyond)
+    speech = question.positions == question.readers == "speech"
+    if question.beyond < 0 or (question.beyond and not speech):
+        raise UsageError(
+            f"--beyond {question.beyond:g}: give seconds, with --positions speech --readers speech"
+        )
     return question
 
 

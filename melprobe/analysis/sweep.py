@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 from torch import Tensor
 
-from melprobe.analysis.question import CutName
+from melprobe.analysis.question import Question
 from melprobe.analysis.wer import count_errors, normalise
 from melprobe.audio.mel import frame_count
 from melprobe.audio.patches import patch_count
@@ -38,9 +38,8 @@ class LayerStudy:
     waves: Sequence[np.ndarray]
     partners: Sequence[int]
     """for each clip, the one whose audio it hears when swapped"""
-    cut: CutName
+    question: Question
     layer_sets: Sequence[Sequence[int]]
-    positions: str
     max_new_tokens: int
     batch_positions: int = 2048
     """Padded sequence positions in a batch: bounds memory."""
@@ -68,17 +67,19 @@ class LayerStudy:
 
     def variant(self, listener: Listener, layers: Sequence[int]) -> Variant:
         """These blocks cut, as the study cuts blocks."""
-        match self.cut:
+        cut, where, lowest = self.question.cut, self.question.positions, min(layers)
+        match cut:
             case "skip":
                 # It changes what the block hands on, but not what the block computes.
-                return Variant(partial(listener.skip, layers, self.positions), min(layers) + 1)
+                return Variant(partial(listener.skip, layers, where), lowest + 1)
             case "knock-out":
-                return Variant(partial(listener.knock_out, layers, self.positions), min(layers))
+                readers, beyond = self.question.readers or None, self.question.beyond
+                out = partial(listener.knock_out, layers, where, readers, beyond)
+                return Variant(out, lowest)
             case "bypass":
-                return Variant(partial(listener.bypass, layers, self.positions), min(layers))
+                return Variant(partial(listener.bypass, layers, where), lowest)
             case "without-lora":
-                cut = partial(listener.without_lora, layers)
-                return Variant(cut, min(layers), by_position=False)
+                return Variant(partial(listener.without_lora, layers), lowest, by_position=False)
 
 
 def swap_partners(utterances: Sequence[Utterance]) -> list[int]:
@@ -119,8 +120,9 @@ class _Batch:
         self.texts = [u.text for u in self.utterances]
 
     def fill(self, store: RowStore, done: set[Key], advance: Callable[[int], None]) -> None:
-        conditions = [("intact", ""), ("swapped", "")]
-        conditions += [(self.study.cut, format_layers(layers)) for layers in self.study.layer_sets]
+        cut, positions = self.study.question.cut, self.study.question.positions
+        sets = {format_layers(layers): layers for layers in self.study.layer_sets}
+        conditions = [("intact", ""), ("swapped", ""), *((cut, label) for label in sets)]
         missing = [
             condition
             for condition in conditions
@@ -131,8 +133,7 @@ class _Batch:
             return
         limit = self.study.max_new_tokens
         replay = self.listener.replay(self.waves, self.texts, limit)
-        change = replay.block_change(self.study.positions)
-        sets = {format_layers(layers): layers for layers in self.study.layer_sets}
+        change = replay.block_change(positions)
 
         def keep(condition: str, label: str, heard: Heard) -> None:
             rows = self._rows(condition, label, heard, _turned(change, label))
@@ -145,10 +146,10 @@ class _Batch:
             swapped = self.listener.replay(self.swapped_waves, self.texts, limit)
             kl = kl_per_clip(replay.scores, swapped.scores)
             keep("swapped", "", replace(swapped.intact, kl=kl))
-        cuts = [label for condition, label in missing if condition == self.study.cut]
+        cuts = [label for condition, label in missing if condition == cut]
         variants = (self.study.variant(self.listener, sets[label]) for label in cuts)
         for label, heard in zip(cuts, replay.hear_each(variants), strict=True):
-            keep(self.study.cut, label, heard)
+            keep(cut, label, heard)
 
     def _rows(
         self,
@@ -167,7 +168,7 @@ class _Batch:
                     condition=condition,
                     layer=label,
                     utterance=u.id,
-                    positions=self.study.positions if label else "",
+                    positions=self.study.question.positions if label else "",
                     speaker=u.speaker,
                     nll=heard.nll[i].item(),
                     answer_tokens=int(heard.tokens[i]),

@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from melprobe.errors import UsageError
 from melprobe.hooks.layers import check_layers, decoder_blocks
-from melprobe.hooks.positions import PositionTracker, parse_positions
+from melprobe.hooks.positions import Kind, PositionTracker, parse_positions
 from melprobe.model.modelling import MelLLMForConditionalGeneration
 
 # Attention that takes a mask with a row for each query; flash attention does not.
@@ -41,11 +41,46 @@ def skip(
     return cut(model, layers, positions, process=False, read=True)
 
 
+@contextmanager
 def knock_out(
-    model: MelLLMForConditionalGeneration, layers: Iterable[int], positions: str = "speech"
-) -> AbstractContextManager[None]:
-    """Hide these positions from the others in these blocks: processed, not read. See `cut`."""
-    return cut(model, layers, positions, process=True, read=False)
+    model: MelLLMForConditionalGeneration,
+    layers: Iterable[int],
+    positions: str = "speech",
+    readers: str | None = None,
+    beyond: float = 0.0,
+) -> Iterator[None]:
+    """Hide these positions in these blocks: processed, not read. See `cut`.
+
+    readers: the positions that they are hidden from, each still sees itself (attention knock-out,
+    Geva et al. 2304.14767); all others than `positions` when not given. beyond: of speech from
+    speech, hide only what sounds more than so many seconds earlier.
+    """
+    if readers is None:
+        with cut(model, layers, positions, process=True, read=False):
+            yield
+        return
+    blocks = decoder_blocks(model)
+    chosen = check_layers(layers, len(blocks))
+    kinds = [parse_positions(where).kinds for where in (positions, readers)]
+    if beyond and kinds != [(Kind.SPEECH,)] * 2:
+        raise UsageError(f"beyond {beyond:g} s: only speech is far from speech in seconds")
+    _check_attention(model)
+
+    def unread() -> Tensor:
+        there, asking = tracker.selected_so_far(positions), tracker.selected(readers)
+        hidden = there[:, None, None, :] & asking[:, None, :, None]  # (B, 1, S, K)
+        keys = torch.arange(there.shape[1], device=there.device)
+        queries = keys[-asking.shape[1] :, None]
+        if beyond:
+            when = tracker.middles_so_far()
+            hidden &= (when[:, queries] - when[:, None, :] > beyond)[:, None]
+        return hidden & (queries != keys)
+
+    with ExitStack() as stack:
+        tracker = stack.enter_context(PositionTracker.watching(model))
+        for layer in chosen:
+            stack.callback(_hide(blocks[layer], unread).remove)
+        yield
 
 
 def bypass(

@@ -112,9 +112,14 @@ def selected(kinds: Tensor, positions: str, frames_per_patch: int) -> Tensor:
     chosen = torch.isin(kinds, torch.tensor(selection.kinds, device=kinds.device))
     if selection.seconds is None:
         return chosen
-    middle = patch_middle((kinds == Kind.SPEECH).cumsum(1) - 1, frames_per_patch)
+    middle = _middles(kinds, frames_per_patch)
     start, stop = selection.seconds
     return chosen & (start <= middle) & (middle < stop)
+
+
+def _middles(kinds: Tensor, frames_per_patch: int) -> Tensor:
+    """(B, S) when each patch sounds, seconds; means nothing at other positions."""
+    return patch_middle((kinds == Kind.SPEECH).cumsum(1) - 1, frames_per_patch)
 
 
 _TOLD: ContextVar[Tensor | None] = ContextVar("kinds that a caller spelled out", default=None)
@@ -194,6 +199,10 @@ class PositionTracker:
             )
         where = selected(self.kinds_so_far, positions, self.frames_per_patch)
         return where if self.only is None else where & self.only.rows[:, None]
+
+    def middles_so_far(self) -> Tensor:
+        """(B, K) when each patch sounds, seconds; means nothing at other positions."""
+        return _middles(self.kinds_so_far, self.frames_per_patch)
 
     @classmethod
     @contextmanager

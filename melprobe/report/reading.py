@@ -241,8 +241,19 @@ def _sentence(text: str) -> str:
 
 def place(results: Results) -> str:
     """ "at speech positions" """
-    name, _, times = results["question"]["positions"].partition(":")
-    return f"at {name} positions" + (f" from {times.replace('-', ' to ')} s" if times else "")
+    asked = results["question"]
+    where = f"at {_positions(asked['positions'])}"
+    if asked["readers"]:
+        where += f" as read from {_positions(asked['readers'])}"
+    if asked["beyond"]:
+        where += f" more than {asked['beyond']:g} s later"
+    return where
+
+
+def _positions(positions: str) -> str:
+    """ "speech positions from 0.5 to 1.2 s" """
+    name, _, times = positions.partition(":")
+    return f"{name} positions" + (f" from {times.replace('-', ' to ')} s" if times else "")
 
 
 def names(layers: Sequence[Layer], *, ordered: bool = False) -> str:

@@ -65,11 +65,16 @@ def question(results: Results) -> str:
     if not series:
         who = names(results["layers"])
         what = f"{who} are {done} together" if who.startswith("blocks") else f"{who} is {done}"
+    effect = EFFECTS[results["question"]["cut"]]
+    if readers := results["question"]["readers"]:
+        effect = effect.replace("nothing that stands elsewhere reads", f"{readers} doesn’t read")
+    if beyond := results["question"]["beyond"]:
+        effect = effect.replace("it there", f"it there more than {beyond:g} s later")
     return (
         f"{checkpoint['name']} reads {checkpoint['token_rate_hz']:g} patches of log-mel "
         f"spectrogram a second with the {checkpoint['n_layers']} blocks of a language model. "
         f"Here {what} {PLACES[name].format(when)}: "
-        f"{EFFECTS[results['question']['cut']]}"
+        f"{effect}"
     )
 
 
