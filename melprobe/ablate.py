@@ -22,7 +22,7 @@ from rich.progress import Progress
 
 from melprobe.analysis.choice import Picked, choose_sets, halves
 from melprobe.analysis.damage import score_layers
-from melprobe.analysis.protocol import answer_limit, choose
+from melprobe.analysis.protocol import answer_limit, choose, leave_out_too_long
 from melprobe.analysis.question import CutName, Question, asked
 from melprobe.analysis.sweep import LayerStudy, run_layer_study, swap_partners
 from melprobe.audio.load import SAMPLE_RATE, load_usable
@@ -115,13 +115,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     for place in reversed(question.without_patches(usable, waves, config.frames_per_patch)):
         left_out.append(f"{usable[place].id}: nothing of it stands at {question.positions}")
         del usable[place], waves[place]
-    deciding, reported = halves(len(usable)) if question.chooses else ([], [])
     listener = load(
         checkpoint,
         device=options.device,
         dtype=DTYPES.get(options.dtype),
         merge=question.cut != "without-lora",
     )
+    left_out += leave_out_too_long(listener, usable, waves, options.on_bad_audio)
+    deciding, reported = halves(len(usable)) if question.chooses else ([], [])
     question.check(listener.processor)
     study = LayerStudy(
         run=out.resolve().name,
@@ -165,12 +166,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = store.frame()
     labels = [format_layers(layers) for layers in study.layer_sets]
     unread = question.unread_block(listener.processor, n_layers, study.waves)
+    checkpoint_facts = describe_checkpoint(checkpoint, listener)
     n = len(study.utterances)
     results: dict[str, Any] = {
         "schema": SCHEMA,
         "run": study.run,
         "question": question._asdict(),
-        "checkpoint": describe_checkpoint(checkpoint, listener),
+        "checkpoint": checkpoint_facts,
         "data": describe_data(options.data, manifest, study, left_out),
         "choice": choice,
         "n_utterances": n,
@@ -178,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         **provenance(
             seed=options.seed, command=["python -m melprobe.ablate", *map(shlex.quote, words)]
         ),
-        "warnings": warnings(n),
+        "warnings": warnings(n, checkpoint_facts["targets_after"]),
     }
     for layer, label in zip(results["layers"], labels, strict=True):
         layer["picked_by"] = ways.get(label, [])
@@ -200,14 +202,22 @@ def picked_sets(
     return picked
 
 
-def warnings(n: int) -> list[str]:
+def warnings(n: int, targets: Sequence[int]) -> list[str]:
     """What a reader must know beside the figures."""
-    if n >= ENOUGH_FOR_WER:
-        return []
-    return [
-        f"With {n} utterances the bands on ΔWER hold less often than 95 %, because few clips change"
-        " their words: claims rest on ΔNLL."
-    ]
+    found = []
+    if targets:
+        blocks = f"block{'s' * (len(targets) > 1)} {reading.listing([str(b) for b in targets])}"
+        found.append(
+            f"Training read phones or words off the speech positions right after {blocks}, which "
+            "draws hearing down to there. A profile that ends about there was asked for in "
+            "training; it does not say where a model without such targets would listen."
+        )
+    if n < ENOUGH_FOR_WER:
+        found.append(
+            f"With {n} utterances the bands on ΔWER hold less often than 95 %, because few clips "
+            "change their words: claims rest on ΔNLL."
+        )
+    return found
 
 
 def default_out(options: Any, question: Question, checkpoint: Path) -> Path:
@@ -240,9 +250,22 @@ def describe_checkpoint(folder: Path, listener: Listener) -> dict[str, Any]:
         "front": config.audio_front,
         "token_rate_hz": patch_rate(config.frames_per_patch),
         "n_layers": listener.n_layers,
-        "trained_on": [corpus["manifest"] for corpus in manifests],
+        "trained_on": list(dict.fromkeys(corpus["manifest"] for corpus in manifests)),
+        "targets_after": targets_after(folder),
         "dtype": str(listener.model.dtype).removeprefix("torch."),
     }
+
+
+def targets_after(folder: Path) -> list[int]:
+    """Blocks that training gave targets of their own, by all recipes that lie with a checkpoint."""
+    blocks: set[int] = set()
+    for path in folder.glob("recipe*.json"):
+        recipe = json.loads(path.read_text())
+        frames, ctc = recipe.get("frames") or {}, recipe.get("ctc") or {}
+        blocks |= {frames.get("phones_after"), frames.get("tokens_after"), ctc.get("layer")} - {
+            None
+        }
+    return sorted(blocks)
 
 
 def describe_data(

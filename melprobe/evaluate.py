@@ -21,14 +21,14 @@ from rapidfuzz.process import extractOne
 from rich.console import Console
 from rich.progress import Progress
 
-from melprobe.analysis.protocol import answer_limit, choose
+from melprobe.analysis.protocol import answer_limit, choose, leave_out_too_long
 from melprobe.analysis.statistics import Bootstrap
 from melprobe.analysis.sweep import swap_partners
 from melprobe.analysis.wer import WordErrors, corpus_wer, count_errors, normalise
 from melprobe.audio.load import SAMPLE_RATE, load_usable
 from melprobe.corpus.manifest import Utterance, find_manifest, read_manifest
 from melprobe.errors import Parser, UsageError, check_writable, run
-from melprobe.listener import load, pick_device
+from melprobe.listener import Listener, load, pick_device
 from melprobe.model.checkpoint import DEFAULT, find_checkpoint
 from melprobe.model.inference import batches_by_length
 from melprobe.training.data import load_corpora
@@ -59,11 +59,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         _refuse_other_results(options.out, options.manifest, options.checkpoint)
     chosen = choose(read_manifest(find_manifest(options.manifest)), options.limit, options.seed)
     usable, waves, left_out = load_usable(chosen, options.on_bad_audio)
+    listener = None
+    if options.checkpoint != WHISPER:
+        listener = load(options.checkpoint, device=options.device)
+        left_out += leave_out_too_long(listener, usable, waves, options.on_bad_audio)
     if not any(normalise(u.text) for u in usable):
         raise UsageError("the references hold no words, so there is no word error rate")
-    transcriber = make_transcriber(options.checkpoint, options.device, usable)
+    transcriber = whisper(options.device) if listener is None else own(listener, usable)
     # Nobody doubts that the ceiling hears, and it is slow.
-    partners = None if options.checkpoint == WHISPER else partners_or_none(usable)
+    partners = partners_or_none(usable) if listener else None
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("listening", total=len(usable) * (2 if partners else 1))
         batched = Batched(transcriber, options.batch_seconds, lambda n: progress.advance(bar, n))
@@ -126,18 +130,20 @@ class Batched:
         return heard, seconds
 
 
-def make_transcriber(checkpoint: str, device: str | None, usable: list[Utterance]) -> Transcriber:
-    """The checkpoint, or Whisper base from the packages, as a function of a batch of waves."""
-    if checkpoint == WHISPER:
-        from melprobe.model.ceiling import packaged_whisper_base, transcribe
-
-        place = pick_device(device)
-        model, processor = packaged_whisper_base()
-        model.to(place)
-        return lambda waves: transcribe(waves, model, processor)
-    listener = load(checkpoint, device=device)
+def own(listener: Listener, usable: list[Utterance]) -> Transcriber:
+    """A Mel-LLM as a function of a batch of waves."""
     limit = answer_limit(listener, usable)
     return lambda waves: listener.transcribe(waves, limit)
+
+
+def whisper(device: str | None) -> Transcriber:
+    """Whisper base from the packages as a function of a batch of waves."""
+    from melprobe.model.ceiling import packaged_whisper_base, transcribe
+
+    place = pick_device(device)
+    model, processor = packaged_whisper_base()
+    model.to(place)
+    return lambda waves: transcribe(waves, model, processor)
 
 
 def make_rows(
@@ -210,7 +216,11 @@ def training_texts(checkpoint: Path) -> list[str]:
         clips, _ = load_corpora(recipe.data)
     except (OSError, ValidationError, UsageError) as error:
         reason = str(error).splitlines()[0]
-        print(f"melprobe: no nearest-transcript control: {reason}", file=sys.stderr)
+        print(
+            f"melprobe: no nearest-transcript control, which needs the corpora of the training: "
+            f"{reason}",
+            file=sys.stderr,
+        )
         return []
     return sorted({normalise(clip.text) for clip in clips})
 

@@ -5,6 +5,7 @@
 ...     lm.transcribe([wave])
 """
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from melprobe.audio.mel import frame_count
+from melprobe.audio.patches import patch_count
 from melprobe.corpus.text import plain_text
 from melprobe.errors import UsageError
 from melprobe.hooks.cuts import BlockChange, bypass, knock_out, skip, watch_blocks
@@ -40,6 +43,17 @@ class Listener:
     @property
     def n_layers(self) -> int:
         return len(decoder_blocks(self.model))
+
+    @property
+    def room(self) -> int:
+        """Positions that the decoder has for prompt, patches and answer."""
+        config = self.model.config.text_config
+        return getattr(config, "max_position_embeddings", None) or sys.maxsize
+
+    def positions(self, wave: np.ndarray, answer_tokens: int) -> int:
+        """How many of them this wave (float32, mono, 16 kHz) takes with an answer so long."""
+        patches = patch_count(frame_count(len(wave)), self.processor.frames_per_patch)
+        return len(self.processor.text_prompt("")) + patches + answer_tokens
 
     def transcribe(self, waves: Sequence[np.ndarray], max_new_tokens: int = 64) -> list[str]:
         """Greedy transcripts of waves (float32, mono, 16 kHz), as one batch."""

@@ -59,7 +59,8 @@ def _refuse_other_recipe(recipe: Recipe) -> None:
         old = type(recipe).model_validate_json(path.read_bytes())
     except ValidationError:
         raise UsageError(
-            f"{path}: damaged, or a recipe of another kind; take another --out, or delete it"
+            f"{recipe.out}: holds a run of another kind of recipe, or its recipe.json is damaged; "
+            "take another --out"
         ) from None
     # A folder may be moved, or named from elsewhere.
     names = type(recipe).model_fields.keys() - {"out"}

@@ -23,17 +23,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = p.parse_args(argv)
     if options.max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens {options.max_new_tokens}: take 1 or more")
+    listener = load(options.checkpoint, device=options.device)
     waves = []
     for path in options.files:
         try:
-            waves.append((path, load_wave(path)))
+            wave = load_wave(path)
+            needed = listener.positions(wave, options.max_new_tokens)
+            if needed > listener.room:
+                raise BadAudio(
+                    f"{path}: {len(wave) / SAMPLE_RATE:.1f} s and {options.max_new_tokens} tokens "
+                    f"take {needed} positions, and the decoder has {listener.room}: cut the clip"
+                )
+            waves.append((path, wave))
         except BadAudio as error:
             if options.on_bad_audio == "error":
                 raise
             print(f"melprobe: left out: {error}", file=sys.stderr)
     if not waves:
         raise BadAudio(f"all {len(options.files)} recordings are unusable")
-    listener = load(options.checkpoint, device=options.device)
     for path, wave in waves:
         start = time.perf_counter()
         (heard,) = listener.transcribe([wave], options.max_new_tokens)

@@ -79,6 +79,7 @@ def synthetic_results(damages: Sequence[float], *, passed: bool = True) -> Resul
             "front": "linear",
             "token_rate_hz": 12.5,
             "n_layers": len(damages),
+            "targets_after": [7, 12],
             "trained_on": ["made-up speech", "more made-up speech"],
             "dtype": "float32",
         },

@@ -73,6 +73,7 @@ def _plant(folder: Path) -> dict[str, bytes | None]:
         "silent.wav": encoded("y.wav", 0 * good, "PCM_16"),
         "nan.wav": encoded("z.wav", half, "FLOAT"),
         "infinite.wav": encoded("w.wav", np.nan_to_num(half, nan=np.inf), "FLOAT"),
+        "loud.wav": encoded("s.wav", 32768 * good, "FLOAT"),
         "one.wav": encoded("v.wav", np.full(1, 0.5), "PCM_16"),
     }
 
@@ -91,6 +92,7 @@ REASONS = {
     "silent.wav": "silent",
     "nan.wav": "NaN",
     "infinite.wav": "infinite",
+    "loud.wav": "samples reach 1e+04 times full scale",
     "one.wav": "cut short",
 }
 

@@ -1,20 +1,22 @@
 """The layer study as a user runs it; good input and bad."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
 import pandas as pd
 import pytest
+import soundfile
 import torch
 
 import melprobe
-from melprobe import ablate
+from melprobe import ablate, evaluate, transcribe
 from melprobe.analysis.protocol import answer_limit
 from melprobe.analysis.question import Question
 from melprobe.analysis.sweep import swap_partners
 from melprobe.analysis.wer import count_errors
-from melprobe.audio.load import load_utterance
+from melprobe.audio.load import BadAudio, load_utterance
 from melprobe.corpus.manifest import Utterance, read_manifest, write_manifest
 from melprobe.errors import UsageError
 from melprobe.report.html import render
@@ -328,3 +330,39 @@ def test_lora_can_only_be_switched_off_where_there_is_some():
     for layers, there in (("1", [0, 2]), ("suffixes", [0, 2]), (EACH_BLOCK, [])):
         with pytest.raises(UsageError, match=r"--without-lora.*LoRA"):
             question._replace(layers=layers).layer_sets(4, there)
+
+
+def test_what_the_decoder_has_no_room_for_is_named_or_left_out(folder, tmp_path, capsys):
+    few = read_manifest(folder / "data.jsonl")[:3]
+    long = waves(60.0)[0]
+    soundfile.write(tmp_path / "long.flac", long, 16_000)
+    few.append(Utterance("long.flac", tmp_path / "long.flac", "one", 60.0))
+    data = tmp_path / "data.jsonl"
+    write_manifest(data, few)
+    model = ["--checkpoint", str(folder / "model"), "--device", "cpu"]
+    reason = r"data\.jsonl:4: .*long\.flac: 60\.0 s of audio .* the decoder has 512: cut it"
+    ablation = ["--skip-layers", "1", *model, "--data", str(data), "--out", str(tmp_path / "run")]
+    evaluation = [str(data), *model]
+    for command, words in ((ablate.main, ablation), (evaluate.main, evaluation)):
+        with pytest.raises(BadAudio, match=reason):
+            command(words)
+        command([*words, "--on-bad-audio", "skip"])
+    assert re.search(reason, results(tmp_path / "run")["data"]["left_out"][0])
+    files = [str(folder / "0.flac"), str(tmp_path / "long.flac")]
+    with pytest.raises(BadAudio, match=r"long\.flac: 60\.0 s and 128 tokens take"):
+        transcribe.main([*files, *model])
+    capsys.readouterr()
+    transcribe.main([*files, *model, "--on-bad-audio", "skip"])
+    told = capsys.readouterr()
+    assert json.loads(told.out)["audio_filepath"] == files[0] and "long.flac" in told.err
+
+
+def test_a_model_that_was_told_where_to_listen_says_so(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    path = tmp_path / "copy" / "model" / "recipe.json"
+    recipe = json.loads(path.read_text())
+    path.write_text(json.dumps(recipe | {"frames": {"phones_after": 1, "tokens_after": 2}}))
+    ablate.main(arguments(tmp_path / "copy", "--skip-layers", "1", "--out", str(tmp_path / "run")))
+    found = results(tmp_path / "run")
+    assert found["checkpoint"]["targets_after"] == [1, 2]
+    assert "right after blocks 1 and 2, which draws hearing down to there" in found["warnings"][0]

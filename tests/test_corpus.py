@@ -67,7 +67,8 @@ def test_a_manifest_comes_back_as_it_was_written(tmp_path):
         ('{"text": "a", "duration": 1}', "audio: is missing"),
         ('{"audio": "a.wav", "duration": 1}', "text: is missing"),
         ('{"audio": "a.wav", "text": " ", "duration": 1}', "text: must be a non-empty string"),
-        ('{"audio": "a.wav", "text": "a"}', "duration: must be seconds above 0, not None"),
+        ('{"audio": "a.wav", "text": "a"}', "duration: is missing"),
+        ('{"audio": "a.wav", "Text": "a"}', "Text: there is no such field; did you mean text?"),
         ('{"audio": "a.wav", "text": "a", "duration": "2"}', "duration: must be seconds"),
         ('{"audio": "a.wav", "text": "a", "duration": NaN}', "duration: must be seconds"),
         ('{"audio": "a.wav", "text": "a", "duration": 1, "speaker": 3}', "speaker: must be"),
@@ -84,6 +85,13 @@ def test_a_bad_line_names_file_line_and_field(tmp_path, line, problem):
     with pytest.raises(UsageError) as error:
         read_manifest(path)
     assert str(error.value).startswith(f"{path}:3: {problem}")
+
+
+def test_text_in_another_encoding_is_named_with_its_line(tmp_path):
+    line = '{"audio": "a.wav", "text": "caf\xe9", "duration": 1}\n'
+    (tmp_path / "m.jsonl").write_bytes(2 * b"\n" + line.encode("latin-1"))
+    with pytest.raises(UsageError, match=r"m\.jsonl:3: not UTF-8 .*; save it as UTF-8"):
+        read_manifest(tmp_path / "m.jsonl")
 
 
 def test_no_manifest_and_an_empty_one_are_said_to_be_so(tmp_path):
@@ -270,6 +278,13 @@ def test_a_bad_recording_of_ones_own_stops_the_build_or_is_listed(tmp_path, caps
     main([*argv, "--on-bad-audio", "skip"])
     assert reason in capsys.readouterr().err
     assert [u.text for u in read_manifest(find_manifest("mine/test"))] == ["a"]
+
+
+def test_a_recording_listed_twice_stops_the_build(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(), 16_000)
+    (tmp_path / "own.jsonl").write_text(2 * '{"audio": "a.wav", "text": "a"}\n')
+    with pytest.raises(UsageError, match=r"own\.jsonl:2: audio: a\.wav is already at"):
+        main(["build", "jsonl", str(tmp_path / "own.jsonl"), "--name", "mine"])
 
 
 def test_a_failed_build_leaves_the_corpus_as_it_was(cache, tmp_path):

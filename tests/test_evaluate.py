@@ -71,7 +71,7 @@ def test_the_nearest_transcript_is_one_that_training_read(folder, capsys, tmp_pa
         (tmp_path / "model" / "recipe.json").write_text(text)
         assert evaluate.training_texts(tmp_path / "model") == []
         error = capsys.readouterr().err
-        assert error.startswith("melprobe: no nearest-transcript control:")
+        assert error.startswith("melprobe: no nearest-transcript control, which needs")
         assert error.count("\n") == 1
 
 
@@ -83,7 +83,7 @@ def test_without_the_corpora_the_nearest_transcript_is_null(folder, capsys, tmp_
 
 def test_whisper_too_runs_where_it_is_told_to(folder):
     with pytest.raises(UsageError, match="device 'abacus': take cpu, cuda"):
-        evaluate.make_transcriber(evaluate.WHISPER, "abacus", [])
+        evaluate.whisper("abacus")
 
 
 def test_results_do_not_go_into_a_file(folder, capsys):

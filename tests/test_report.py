@@ -115,7 +115,7 @@ def test_where_no_limits_are_known_there_is_a_dash_and_no_bar(passed, tmp_path):
 
 def test_where_no_clip_changed_the_table_says_so(sweep):
     row = sweep[1].partition('id="block-29"')[2].partition("</tr>")[0]
-    assert '0.0 <span class="ci">no clip changed</span>' in row
+    assert '0.0 <span class="ci">no clip’s errors</span>' in row
 
 
 def test_a_failed_gate_speaks_of_an_error_rate_not_of_wrong_words():

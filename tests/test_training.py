@@ -199,7 +199,10 @@ def test_the_learning_rate_warms_up_and_decays():
         ([], "name a recipe"),
         (["nowhere.yaml"], "nowhere.yaml: there is no such recipe"),
         (["{recipe}", "--optim.lr", "-1"], "greater than 0"),
-        (["{recipe}", "--optim.speed", "1"], "optim.speed: Extra inputs"),
+        (
+            ["{recipe}", "--optim.speed", "1"],
+            "optim.speed: there is no such field; did",
+        ),
         (["{recipe}", "--data.train.7.repeat", "1"], "the recipe has no such field"),
         (
             ["{recipe}", "--data.stages.2.min_seconds", "9"],
@@ -212,7 +215,7 @@ def test_the_learning_rate_warms_up_and_decays():
         (["{recipe}", "--seed"], "--seed: a value must follow"),
         (["{recipe}", "seed"], "overrides look like"),
         (["{recipe}", "--frames", "null"], "a stage learns phones, but the recipe has no `frames`"),
-        (["{other}"], "model.colour: Extra inputs"),
+        (["{other}"], "model.colour: there is no such field"),
     ],
 )
 def test_bad_recipes_give_one_line(workshop, tmp_path, words, message):
@@ -265,7 +268,7 @@ def test_clips_without_times_are_left_out_of_the_stages_that_need_them(workshop)
 
 def test_a_damaged_recipe_in_the_folder_is_one_line(workshop, tmp_path):
     (tmp_path / "recipe.json").write_text('{"out": ')
-    with pytest.raises(UsageError, match=r"recipe\.json: damaged"):
+    with pytest.raises(UsageError, match=r"recipe\.json is damaged; take another --out"):
         train.main([str(workshop / "recipe.yaml"), "--out", str(tmp_path)])
 
 

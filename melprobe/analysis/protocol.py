@@ -1,7 +1,10 @@
 """What every measurement of a model has in common: which clips, answers how long."""
 
+from typing import Literal
+
 import numpy as np
 
+from melprobe.audio.load import SAMPLE_RATE, BadAudio
 from melprobe.corpus.manifest import Utterance
 from melprobe.corpus.text import plain_text
 from melprobe.errors import UsageError
@@ -22,5 +25,44 @@ def choose(utterances: list[Utterance], limit: int, seed: int) -> list[Utterance
 
 def answer_limit(listener: Listener, utterances: list[Utterance]) -> int:
     """Tokens after which every transcript is cut, under all conditions: half again the longest."""
-    lengths = [len(listener.processor.answer_ids(plain_text(u.text))) for u in utterances]
-    return max(lengths) * 3 // 2
+    return max(_answer_length(listener, u) for u in utterances) * 3 // 2
+
+
+def leave_out_too_long(
+    listener: Listener,
+    utterances: list[Utterance],
+    waves: list[np.ndarray],
+    on_bad: Literal["error", "skip"],
+) -> list[str]:
+    """Take out of both lists, in place, what the decoder has no room for; a line of reason each.
+
+    Room for a clip, its prompt, and an answer of `answer_limit`. With `on_bad="error"` the last
+    raises BadAudio; with "skip", having none left does.
+    """
+    left_out: list[str] = []
+    room = listener.room
+    answers = [_answer_length(listener, u) * 3 // 2 for u in utterances]
+    fitting = [
+        n for n, wave in zip(answers, waves, strict=True) if listener.positions(wave, n) <= room
+    ]
+    for place in reversed(range(len(utterances))):
+        u, wave = utterances[place], waves[place]
+        answer = max(answers[place], *fitting, 0)
+        needed = listener.positions(wave, answer)
+        if needed <= room:
+            continue
+        reason = (
+            f"{u.where}: {u.audio}: {len(wave) / SAMPLE_RATE:.1f} s of audio and an answer of up "
+            f"to {answer} tokens take {needed} positions, and the decoder has {room}: cut it"
+        )
+        if on_bad == "error":
+            raise BadAudio(reason)
+        left_out.insert(0, reason)
+        del utterances[place], waves[place]
+    if left_out and not utterances:
+        raise BadAudio(f"all {len(left_out)} recordings are too long; the first: {left_out[0]}")
+    return left_out
+
+
+def _answer_length(listener: Listener, utterance: Utterance) -> int:
+    return len(listener.processor.answer_ids(plain_text(utterance.text)))

@@ -94,7 +94,10 @@ def swap_partners(utterances: Sequence[Utterance]) -> list[int]:
         nearest = np.argsort(np.abs(durations - durations[i]), kind="stable")
         other = next((int(j) for j in nearest if said[j] != text), None)
         if other is None:
-            raise UsageError("swapping the audio needs two clips with different words")
+            raise UsageError(
+                f"{len(utterances)} clip{'s' * (len(utterances) > 1)} of {utterances[0].where}: "
+                "swapping the audio needs two clips with different words; take more, or other data"
+            )
         partners.append(other)
     return partners
 

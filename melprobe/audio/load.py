@@ -24,6 +24,8 @@ SHORTEST_SECONDS = 0.05
 """No word is shorter, and one mel window (25 ms) fits even at a faster playing speed."""
 SILENT_RMS = 1e-4
 """-80 dB of full scale: three steps of a 16-bit recording."""
+LOUDEST = 100.0
+"""Times full scale: beyond it a file's numbers are not samples in [-1, 1] at all."""
 STREAM_BYTES = 0x7FFFF000
 """Programs that write to a pipe, such as sox and espeak-ng, state this many bytes or more, or 0."""
 
@@ -88,10 +90,15 @@ def decode_wave(data: bytes, name: str, *, expected_seconds: float | None = None
         )
     if not np.isfinite(wave).all():
         raise BadAudio(f"{name}: holds NaN or infinite samples")
+    if (loudest := float(np.abs(wave).max())) > LOUDEST:
+        raise BadAudio(
+            f"{name}: samples reach {loudest:.0e} times full scale; divide them by what full scale "
+            "was meant to be, such as 32768"
+        )
     level = float(np.sqrt(np.mean(wave.astype(np.float64) ** 2)))
     if level < SILENT_RMS:
-        loudest = np.sqrt(np.mean(samples**2, axis=0)).max()
-        if loudest > SILENT_RMS * samples.shape[1]:
+        of_channels = np.sqrt(np.mean(samples**2, axis=0))
+        if of_channels.max() > SILENT_RMS * samples.shape[1]:
             raise BadAudio(f"{name}: its channels cancel each other; save one of them alone")
         raise BadAudio(f"{name}: silent (RMS {level:.1e} of full scale)")
     return wave

@@ -36,7 +36,7 @@ def finish(folder: Path, splits: dict[str, list[Utterance]], left_out: Iterable[
     for split, utterances in splits.items():
         write_manifest(folder / f"{split}.jsonl", utterances)
         minutes = sum(u.duration for u in utterances) / 60
-        speakers = len({u.speaker for u in utterances})
+        speakers = len({u.speaker for u in utterances} - {""}) or "not named"
         table.add_row(split, str(len(utterances)), f"{minutes:.1f}", str(speakers))
     console = Console()
     console.print(table)

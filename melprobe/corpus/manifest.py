@@ -20,6 +20,7 @@ from melprobe.cache import cache_dir
 from melprobe.errors import UsageError
 
 BUILTIN = Path(__file__).parent / "builtin"
+FIELDS = {"audio", "text", "duration", "speaker", "source", "phones", "words"}
 BUILDABLE = ("asterisk", "queen", "synth", "jsonl", "hub")
 
 
@@ -100,11 +101,12 @@ def find_manifest(name: str) -> Path:
         return path
     there = [f"builtin/{path.stem}" for path in sorted(BUILTIN.glob("*.jsonl"))]
     there += [f"{path.parent.name}/{path.stem}" for path in sorted(corpora.glob("*/*.jsonl"))]
-    command = f"python -m melprobe.corpus build {corpus if corpus in BUILDABLE else 'NAME'}"
+    kind = corpus.partition("-")[0]
+    command = f"python -m melprobe.corpus build {kind if kind in BUILDABLE else 'NAME'}"
     nearest = ", ".join(get_close_matches(name, there, cutoff=0))
     raise UsageError(
         f"{name}: neither a manifest file nor a corpus; the nearest are {nearest};"
-        f" `{command}` builds more"
+        f" `{command}` builds more (see --help)"
     )
 
 
@@ -124,7 +126,11 @@ def read_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise UsageError(f"{path}: no such manifest") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        number = error.object[: error.start].count(b"\n") + 1
+        reason = f"not UTF-8 ({error.reason}); save it as UTF-8"
+        raise UsageError(f"{path}:{number}: {reason}") from None
+    except OSError as error:
         raise UsageError(f"{path}: not a readable manifest ({error})") from None
     records = []
     for number, line in enumerate(lines, 1):
@@ -144,8 +150,13 @@ def read_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 def parse_record(record: dict[str, Any], folder: Path, where: str) -> Utterance:
     """One line's utterance; `folder` is the manifest's. Raises UsageError that names the field."""
+    for name in record.keys() - FIELDS:
+        if (meant := name.strip().lower()) in FIELDS:
+            raise UsageError(f"{where}: {name}: there is no such field; did you mean {meant}?")
     audio = Path(_string(record, "audio", where))
-    duration = record.get("duration")
+    if "duration" not in record:
+        raise UsageError(f"{where}: duration: is missing (`corpus build jsonl` measures it)")
+    duration = record["duration"]
     if not _is_seconds(duration) or duration == 0:
         raise UsageError(f"{where}: duration: must be seconds above 0, not {duration!r}")
     return Utterance(

@@ -16,6 +16,7 @@ from rich.progress import track
 from melprobe.audio.load import SAMPLE_RATE, BadAudio, load_utterance, load_wave
 from melprobe.corpus.clips import finish, write_clip
 from melprobe.corpus.manifest import Utterance, check_name, parse_record, read_records
+from melprobe.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +46,7 @@ def _build(args: argparse.Namespace, out: Path, draft: Path) -> None:
     audio = out / "audio" / args.split
     utterances: list[Utterance] = []
     left_out: list[str] = []
+    where_is: dict[str, str] = {}
     folder = args.manifest.absolute().parent
     for number, (where, record) in enumerate(track(read_records(args.manifest), "checking audio")):
         record["audio"] = record.get("audio") or record.get("audio_filepath")
@@ -53,6 +55,8 @@ def _build(args: argparse.Namespace, out: Path, draft: Path) -> None:
                 wave = load_wave(folder / str(record["audio"]), where=where)
                 record["duration"] = len(wave) / SAMPLE_RATE
             given = parse_record(record, folder, where)
+            if (first := where_is.setdefault(given.id, where)) != where:
+                raise UsageError(f"{where}: audio: {given.id} is already at {first}")
             wave = load_utterance(given)
         except BadAudio as error:
             if args.on_bad_audio == "error":

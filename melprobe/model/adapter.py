@@ -81,7 +81,8 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor], where: str) -
     if wrong := sorted(expected.items() ^ found.items()):
         listed = ", ".join(f"{name} {shape}" for name, shape in wrong[:4])
         raise UsageError(
-            f"{where}: {len(wrong)} tensors missing, left over or misshapen: {listed} …"
+            f"{where}: {len(wrong)} tensors missing, left over or misshapen: {listed} …; its "
+            "weights and its config are of different checkpoints, so fetch both again"
         )
     model.load_state_dict(state, strict=False)
 

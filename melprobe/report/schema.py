@@ -39,6 +39,8 @@ class Checkpoint(TypedDict):
     token_rate_hz: float
     n_layers: int
     trained_on: list[str]
+    targets_after: list[int]
+    """blocks after which training read phones or words off the speech positions"""
     dtype: str
 
 

@@ -4,6 +4,7 @@ Any field can be overridden on the command line (`--optim.lr 3e-4`).
 """
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -276,5 +277,19 @@ def _set_field(fields: dict[str, Any], name: str, value: str) -> None:
 
 def _describe(error: ValidationError) -> str:
     """A validation error in one line: every field, and what is wrong with it."""
-    parts = [f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors()]
+    parts = []
+    for e in error.errors():
+        message = e["msg"]
+        if e["type"] == "extra_forbidden":
+            near = get_close_matches(str(e["loc"][-1]), _field_names(), n=1)
+            message = "there is no such field" + (f"; did you mean {near[0]}?" if near else "")
+        parts.append(f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {message}")
     return "; ".join(parts).replace("Value error, ", "")
+
+
+def _field_names() -> list[str]:
+    """Of all parts of recipes."""
+    models = [_Strict]
+    for model in models:
+        models += model.__subclasses__()
+    return sorted({name for model in models for name in model.model_fields})
