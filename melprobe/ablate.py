@@ -261,10 +261,10 @@ def targets_after(folder: Path) -> list[int]:
     blocks: set[int] = set()
     for path in folder.glob("recipe*.json"):
         recipe = json.loads(path.read_text())
-        frames, ctc = recipe.get("frames") or {}, recipe.get("ctc") or {}
-        blocks |= {frames.get("phones_after"), frames.get("tokens_after"), ctc.get("layer")} - {
-            None
-        }
+        if frames := recipe.get("frames"):
+            blocks |= {frames["phones_after"], frames["tokens_after"]}
+        if ctc := recipe.get("ctc"):
+            blocks.add(ctc["layer"])
     return sorted(blocks)
 
 

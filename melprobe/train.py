@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
+from transformers.utils.logging import disable_progress_bar
 
 from melprobe.errors import UsageError, run
 from melprobe.training.loop import fit
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     recipe = read_recipe(Path(words[0]), _overrides(words[1:]))
     _refuse_other_recipe(recipe)
+    disable_progress_bar()  # theirs, of loading and saving: ours shows the steps
     task = _task(recipe)  # a recipe that can't begin leaves no folder behind
     _write_recipe(recipe)
     log = fit(task, recipe)

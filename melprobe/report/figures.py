@@ -133,10 +133,25 @@ def similarity(results: Results, figure: Figure, narrow: bool) -> None:
         else:
             ax.xaxis.set_major_locator(MaxNLocator(5))
         ax.margins(x=0.08)
-        for layer in reading.by_damage(counted)[:4]:
-            at = (layer[column], layer["damage"] or 0.0)  # type: ignore[literal-required]
-            text = str(layer["layer"])
-            ax.annotate(text, at, (0, 6), textcoords="offset points", ha="center", zorder=6)
+        marks = [(layer[column], layer["damage"] or 0.0) for layer in layers]  # type: ignore[literal-required]
+        worst = reading.by_damage(counted)[:4]
+        _name(ax, {str(layer["layer"]): marks[layers.index(layer)] for layer in worst}, marks)
+
+
+def _name(
+    ax: Axes, names: Mapping[str, tuple[float, float]], marks: Sequence[tuple[float, float]]
+) -> None:
+    """Write each name beside its mark, on the first side where no other mark or name stands."""
+    points = 72 / ax.figure.dpi
+    taken = [points * ax.transData.transform(mark) for mark in marks]
+    for name, at in names.items():
+        here = points * ax.transData.transform(at)
+        centres = [here + side for side in ((0, 11), (12, 0), (-12, 0), (0, -11))]
+        free = [all(max(abs(centre - other)) > 8 for other in taken) for centre in centres]
+        centre = centres[free.index(True) if any(free) else 0]
+        taken.append(centre)
+        aside = tuple(centre - here)
+        ax.annotate(name, at, aside, textcoords="offset points", ha="center", va="center", zorder=6)
 
 
 def scale(results: Results, figure: Figure, narrow: bool) -> None:
