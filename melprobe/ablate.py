@@ -3,8 +3,9 @@
 Cuts each decoder block in turn (or one set of blocks) at the speech positions, measures what that
 costs, and writes a report. A block does two things for a position: it works on what stands there,
 and lets other positions read it. --skip-layers takes the first away, --knockout the second,
---bypass-layers both. --without-lora leaves the block and takes away what speech training changed
-in it. Stopped and started again, a study goes on where it was.
+--bypass-layers both. --ablate-attention and --ablate-mlp take one part of the work. --without-lora
+leaves the block and takes away what speech training changed in it. Stopped and started again, a
+study goes on where it was.
 """
 
 import json
@@ -52,6 +53,8 @@ CUTS: dict[str, tuple[CutName, str]] = {
     "--skip-layers": ("skip", "skip"),
     "--knockout": ("knock-out", "knock out"),
     "--bypass-layers": ("bypass", "bypass"),
+    "--ablate-attention": ("no-attention", "take attention out of"),
+    "--ablate-mlp": ("no-mlp", "take the MLP out of"),
     "--without-lora": ("without-lora", "switch LoRA off in"),
 }
 
@@ -74,6 +77,12 @@ def parser() -> Parser:
         "--positions",
         help=f"one of {', '.join(POSITIONS)}, or seconds of speech such as speech:0.5-1.2 "
         "(default: speech; with --without-lora all)",
+    )
+    p.add_argument(
+        "--by",
+        choices=("zero", "mean", "resample"),
+        help="with --ablate-...: what stands in its place: nothing (the default), its mean over "
+        "the clips, or what it is for another clip",
     )
     p.add_argument(
         "--readers",
@@ -143,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "positions": question.positions,
         "readers": question.readers,
         "beyond": question.beyond,
+        "by": question.by,
         "seed": options.seed,
         "max_new_tokens": study.max_new_tokens,
         "dtype": str(listener.model.dtype),
@@ -227,7 +237,8 @@ def default_out(options: Any, question: Question, checkpoint: Path) -> Path:
     seed = f"-seed{options.seed}" if options.seed else ""
     hidden = f"-from-{question.readers}" if question.readers else ""
     hidden += f"-beyond-{question.beyond:g}" if question.beyond else ""
-    how = f"{question.cut}-{question.positions}{hidden}{layers}-n{options.limit}{seed}".replace(
+    by = f"-{question.by}" if question.by not in ("", "zero") else ""
+    how = f"{question.cut}{by}-{question.positions}{hidden}{layers}-n{options.limit}{seed}".replace(
         ":", "-"
     )
     return Path("reports") / f"{checkpoint_name(checkpoint)}-{data}-{how}"

@@ -53,7 +53,8 @@ class Row:
 
     run: str
     condition: str
-    """intact, swapped (hears another clip), or a cut: skip, knock-out, bypass, without-lora"""
+    """intact, swapped (hears another clip), or a cut: skip, knock-out, bypass, no-attention,
+    no-mlp, without-lora"""
     layer: str = ""
     """"" for intact and swapped, else the blocks that were cut: "7" or "3,5-8" """
     utterance: str

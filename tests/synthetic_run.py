@@ -70,6 +70,7 @@ def synthetic_results(damages: Sequence[float], *, passed: bool = True) -> Resul
             "positions": "speech",
             "readers": "",
             "beyond": 0.0,
+            "by": "",
             "layers": "each block in turn",
         },
         "checkpoint": {

@@ -18,7 +18,9 @@ from melprobe.analysis.sweep import swap_partners
 from melprobe.analysis.wer import count_errors
 from melprobe.audio.load import BadAudio, load_utterance
 from melprobe.corpus.manifest import Utterance, read_manifest, write_manifest
+from melprobe.corpus.text import plain_text
 from melprobe.errors import UsageError
+from melprobe.hooks.parts import Part, in_place, watch_means, watch_parts
 from melprobe.report.html import render
 from melprobe.report.reading import EACH_BLOCK
 from tests.tiny import N_CLIPS as N
@@ -159,7 +161,7 @@ def test_other_cuts_have_rows_scores_and_words_of_their_own(folder, option, cut,
     found, rows = results(run), pd.read_parquet(run / "rows.parquet")
     positions = "all" if cut == "without-lora" else "speech"
     expected = {"cut": cut, "positions": positions, "layers": "each block in turn"}
-    assert found["question"] == {"readers": "", "beyond": 0.0, **expected}
+    assert found["question"] == {"readers": "", "beyond": 0.0, "by": "", **expected}
     assert set(rows.condition) == {"intact", "swapped", cut}
     last = found["layers"][-1]  # it is read there by what comes after
     assert last["kl"] > 0 and not last["zero_by_construction"]
@@ -205,6 +207,8 @@ def test_a_study_says_what_the_model_does_under_the_same_cut(folder, sweep):
         (["--knockout", "--readers", "bos"], "nothing to hide them from"),
         (["--knockout", "--beyond", "1"], "with --positions speech --readers speech"),
         (["--knockout", "--readers", "speech", "--beyond", "-1"], "--beyond -1: give seconds"),
+        (["--skip-layers", "--by", "mean"], "--by goes with --ablate-attention"),
+        (["--ablate-mlp", "--by", "resample", "--positions", "text"], "another clip's answer"),
         (["--knockout", "--positions", "all"], "nothing to hide them from"),
         (["--knockout", "--positions", "text"], "nothing to hide them from"),
         (["--skip-layers", "--checkpoint", "mel-maxi"], "no checkpoint 'mel-maxi'; there is"),
@@ -214,7 +218,7 @@ def test_a_study_says_what_the_model_does_under_the_same_cut(folder, sweep):
         (["--skip-layers", "--device", "abacus"], "device 'abacus': take cpu, cuda"),
         (
             [],
-            "--skip-layers --knockout --bypass-layers --without-lora is required",
+            "--ablate-mlp --without-lora is required",
         ),
     ],
 )
@@ -299,6 +303,45 @@ def test_series_of_sets_are_cut_in_turn(folder, layers, sets):
     assert set(rows[rows.condition == "skip"].layer) == set(sets)
     page = (run / "report.html").read_text()
     assert ("in turn" if layers == "windows:3" else "and so on") in page
+
+
+@pytest.mark.parametrize(
+    ("option", "by", "says"),
+    [
+        ("--ablate-attention", "zero", "each block is run without attention in turn"),
+        ("--ablate-mlp", "mean", "gives way to its mean over all clips"),
+        ("--ablate-attention", "resample", "gives way to what it adds to another clip"),
+    ],
+)
+def test_parts_of_blocks_give_way(folder, option, by, says):
+    run = folder / f"{option}{by}".strip("-")
+    words = [option, *(["--by", by] if by != "zero" else []), "--out", str(run)]
+    ablate.main(arguments(folder, *words))
+    found, rows = results(run), pd.read_parquet(run / "rows.parquet")
+    name = option.removeprefix("--ablate-")
+    assert found["question"]["cut"] == f"no-{name}" and found["question"]["by"] == by
+    *others, last = found["layers"]
+    assert all(layer["kl"] > 0 for layer in others)
+    assert last["kl"] == 0 and last["zero_by_construction"]
+    assert says in (run / "report.html").read_text()
+    # Row for row what the library gives.
+    utterances = read_manifest(folder / "data.jsonl")
+    clips, texts = [load_utterance(u) for u in utterances], [u.text for u in utterances]
+    lm = melprobe.load(folder / "model", device="cpu", dtype=torch.float32)
+    part, values = Part(1, name), None
+    if by == "mean":
+        with watch_means(lm.model, [part]) as means:
+            lm.score(clips, texts)
+        values = means.values()
+    if by == "resample":
+        with watch_parts(lm.model, [part]) as seen:
+            lm.model(**lm.processor([clips[i] for i in swap_partners(utterances)]))
+        prompts = lm.processor(clips, [plain_text(text) for text in texts])["input_ids"]
+        values = {part: in_place(seen[part], prompts == lm.processor.audio_token_id)}
+    with lm.ablate([part], "speech", values):
+        nll = lm.score(clips, texts).nll
+    row = rows[rows.layer == "1"].set_index("utterance").loc[[u.id for u in utterances]]
+    assert row.nll.tolist() == pytest.approx(nll.tolist(), rel=1e-4)
 
 
 def test_speech_can_be_hidden_from_speech_that_sounds_later(folder):

@@ -5,8 +5,8 @@ import torch
 
 from melprobe.errors import UsageError
 from melprobe.hooks.layers import decoder_blocks
-from melprobe.hooks.parts import Part, ablate, parts_of, watch_means
-from tests.tiny import N_LAYERS, log_probs
+from melprobe.hooks.parts import Part, ablate, in_place, parts_of, watch_means, watch_parts
+from tests.tiny import N_LAYERS, TEXTS, log_probs
 
 
 @pytest.mark.parametrize("positions", ["bos", "speech", "text", "all"])
@@ -78,3 +78,44 @@ def test_nothing_is_left_behind(lm, clips):
     with pytest.raises(KeyError), ablate(lm.model, parts_of(lm.model, "head")):
         raise KeyError
     assert torch.equal(log_probs(lm, clips), plain)
+
+
+def prompt_patches(lm, clips):
+    return lm.processor(clips)["input_ids"] == lm.processor.audio_token_id
+
+
+@pytest.mark.parametrize("part", [Part(1, "attention"), Part(2, "mlp"), Part(0, "head", 3)])
+def test_a_part_gives_to_a_clip_what_it_gave_to_another(lm, clips, part):
+    """Written out: the k-th patch gets what the other clip's k-th patch got, and round again."""
+    others = [clips[1], clips[2], clips[0]]
+    inputs = lm.processor(clips, TEXTS)
+    with watch_parts(lm.model, [part]) as seen:
+        lm.model(**lm.processor(others))
+    given = seen[part]
+    where = inputs["input_ids"] == lm.processor.audio_token_id
+    values = in_place(given, where)
+    for row, width in enumerate(where.sum(1).tolist()):
+        expected = torch.stack([given[row][k % len(given[row])] for k in range(width)])
+        assert torch.equal(values[row][where[row]], expected)
+    with watch_parts(lm.model, [part]) as now, ablate(lm.model, [part], values={part: values}):
+        lm.model(**inputs)
+    for row, got in enumerate(now[part]):
+        assert torch.allclose(got, values[row][where[row]], atol=1e-6)
+    with ablate(lm.model, [part], values={part: in_place(given, prompt_patches(lm, clips))}):
+        assert len(lm.transcribe(clips, 8)) == len(clips)  # no such positions in decoding steps
+
+
+def test_a_clip_that_hears_its_own_contributions_is_intact(lm, clips):
+    parts = [*parts_of(lm.model, "attention"), *parts_of(lm.model, "mlp")]
+    inputs = lm.processor(clips, TEXTS)
+    with watch_parts(lm.model, parts) as seen:
+        plain = lm.model(**inputs).logits
+    where = inputs["input_ids"] == lm.processor.audio_token_id
+    values = {part: in_place(rows, where) for part, rows in seen.items()}
+    with ablate(lm.model, parts, values=values):
+        assert torch.allclose(lm.model(**inputs).logits, plain, atol=1e-5)
+
+
+def test_nothing_can_stand_in_for_something_only_if_it_is_there():
+    with pytest.raises(ValueError, match="nothing to put"):
+        in_place([torch.zeros(0, 4)], torch.ones(1, 3, dtype=torch.bool))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from melprobe.analysis.damage import DAMAGE_MARGIN
-from melprobe.analysis.sweep import LayerStudy
+from melprobe.analysis.sweep import LayerStudy, StudyBatch, with_means
 from melprobe.errors import UsageError
 from melprobe.hooks.layers import format_layers
 from melprobe.listener import Listener
@@ -79,16 +79,14 @@ class Trials:
         store: RowStore,
         advance: Callable[[int], None],
     ):
-        self.listener, self.study, self.store, self.advance = listener, study, store, advance
-        self.replays, intact, swapped = [], 0.0, 0.0
-        for batch in study.batches(listener.processor):
-            waves = [study.waves[i] for i in batch]
-            others = [study.waves[study.partners[i]] for i in batch]
-            texts = [study.utterances[i].text for i in batch]
-            replay = listener.replay(waves, texts, 0)
-            self.replays.append(replay)
-            intact += replay.intact.nll.sum().item()
-            swapped += listener.replay(others, texts, 0).intact.nll.sum().item()
+        self.study, self.store, self.advance = with_means(listener, study), store, advance
+        self.batches, intact, swapped = [], 0.0, 0.0
+        for places in study.batches(listener.processor):
+            batch = StudyBatch(listener, self.study, places, max_new_tokens=0)
+            intact += batch.replay.intact.nll.sum().item()
+            swapped += batch.swapped.intact.nll.sum().item()
+            del batch.swapped
+            self.batches.append(batch)
         self.intact, self.gap = intact, swapped - intact
         if self.gap <= 0:
             raise UsageError(
@@ -104,11 +102,10 @@ class Trials:
             label = format_layers(blocks)
             if label in self.known:
                 continue
-            variant = self.study.variant(self.listener, sorted(blocks))
             nll = sum(
                 heard.nll.sum().item()
-                for replay in self.replays
-                for heard in replay.hear_each([variant])
+                for batch in self.batches
+                for heard in batch.replay.hear_each([batch.variant(sorted(blocks))])
             )
             self.known[label] = (nll - self.intact) / self.gap
             self.store.add_tried(label, self.known[label])
@@ -131,9 +128,8 @@ class Trials:
 
     def _mean_change(self, span: int, score: int) -> Mapping[int, float]:
         """Mean over clips, by first block, of the cosine (score 0) or the angle (1)."""
-        changes = [
-            replay.block_change(self.study.question.positions, span) for replay in self.replays
-        ]
+        where = self.study.question.positions
+        changes = [batch.replay.block_change(where, span) for batch in self.batches]
         return {
             first: torch.cat([change[first][score] for change in changes]).mean().item()
             for first in range(len(changes[0]))

@@ -13,11 +13,14 @@ from melprobe.audio.patches import patch_count
 from melprobe.corpus.manifest import Utterance
 from melprobe.errors import UsageError
 from melprobe.hooks.layers import parse_layers
+from melprobe.hooks.parts import Part, PartName
 from melprobe.hooks.positions import Kind, parse_positions, patches_between
 from melprobe.model.processor import MelLLMProcessor
 from melprobe.report.reading import EACH_BLOCK
 
-CutName = Literal["skip", "knock-out", "bypass", "without-lora"]
+CutName = Literal["skip", "knock-out", "bypass", "no-attention", "no-mlp", "without-lora"]
+By = Literal["", "zero", "mean", "resample"]
+PARTS: dict[CutName, PartName] = {"no-attention": "attention", "no-mlp": "mlp"}
 
 
 class Question(NamedTuple):
@@ -31,6 +34,14 @@ class Question(NamedTuple):
     """Of a knock-out: the positions that are not to read; "" for all others."""
     beyond: float = 0.0
     """Of a knock-out of speech from speech: seconds within which it is read."""
+
+    by: By = ""
+    """Of parts of blocks: what stands in the place of what they contribute."""
+
+    def parts(self, layers: Sequence[int]) -> list[Part]:
+        """The parts of these blocks that are replaced; none where blocks are cut as wholes."""
+        name = PARTS.get(self.cut)
+        return [Part(layer, name) for layer in layers] if name else []
 
     @property
     def chooses(self) -> bool:
@@ -84,9 +95,9 @@ class Question(NamedTuple):
     def unread_block(
         self, processor: MelLLMProcessor, n_layers: int, waves: Sequence[np.ndarray]
     ) -> str | None:
-        """The block whose skip costs nothing by construction: the last, whose output nobody reads.
+        """The block whose cut costs nothing by construction: the last, whose output nobody reads.
 
-        None where an answer token is read off one of the positions, and for other cuts.
+        None where an answer token is read off one of the positions, and for cuts of reading.
         """
         selection = parse_positions(self.positions)
         before_answer = Kind.PROMPT if processor.after else Kind.SPEECH
@@ -97,7 +108,8 @@ class Question(NamedTuple):
                 patch_count(frame_count(len(wave)), rate) - 1 in self._patches(wave, rate)
                 for wave in waves
             )
-        return None if self.cut != "skip" or read else str(n_layers - 1)
+        writes = self.cut in {"skip", *PARTS}
+        return str(n_layers - 1) if writes and not read else None
 
     def without_patches(
         self, utterances: Sequence[Utterance], waves: Sequence[np.ndarray], frames_per_patch: int
@@ -140,7 +152,15 @@ def asked(options: Any, cuts: dict[str, CutName]) -> Question:
     parse_positions(positions)
     if options.readers is not None:
         parse_positions(options.readers)
-    question = Question(cut, positions, layers, options.readers or "", options.beyond)
+    if options.by and cut not in PARTS:
+        raise UsageError("--by goes with --ablate-attention and --ablate-mlp")
+    by: By = options.by or ("zero" if cut in PARTS else "")
+    if by == "resample" and parse_positions(positions).kinds != (Kind.SPEECH,):
+        raise UsageError(
+            f"--by resample --positions {positions}: another clip's answer is none to this one; "
+            "take speech positions"
+        )
+    question = Question(cut, positions, layers, options.readers or "", options.beyond, by)
     speech = question.positions == question.readers == "speech"
     if question.beyond < 0 or (question.beyond and not speech):
         raise UsageError(

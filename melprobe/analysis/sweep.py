@@ -4,11 +4,12 @@ Batch by batch, so that the intact model's logits (for KL) are held for one batc
 row by row into the store, so that a study which was stopped goes on.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from melprobe.analysis.question import Question
@@ -19,7 +20,8 @@ from melprobe.corpus.manifest import Utterance
 from melprobe.corpus.text import plain_text
 from melprobe.errors import UsageError
 from melprobe.hooks.layers import format_layers
-from melprobe.hooks.replay import Heard, Variant
+from melprobe.hooks.parts import Part, in_place, watch_means, watch_parts
+from melprobe.hooks.replay import Heard, Replay, Variant
 from melprobe.listener import Listener
 from melprobe.model.inference import batches_by_length, kl_per_clip
 from melprobe.model.processor import MelLLMProcessor
@@ -43,6 +45,8 @@ class LayerStudy:
     max_new_tokens: int
     batch_positions: int = 2048
     """Padded sequence positions in a batch: bounds memory."""
+    means: Mapping[Part, Tensor] = field(default_factory=dict)
+    """of parts that are replaced by them; see `with_means`"""
 
     def batches(self, processor: MelLLMProcessor) -> list[list[int]]:
         """Clips of like length together, with room for prompt, reference and draft."""
@@ -64,22 +68,6 @@ class LayerStudy:
             waves=[self.waves[i] for i in places],
             partners=swap_partners(utterances),
         )
-
-    def variant(self, listener: Listener, layers: Sequence[int]) -> Variant:
-        """These blocks cut, as the study cuts blocks."""
-        cut, where, lowest = self.question.cut, self.question.positions, min(layers)
-        match cut:
-            case "skip":
-                # It changes what the block hands on, but not what the block computes.
-                return Variant(partial(listener.skip, layers, where), lowest + 1)
-            case "knock-out":
-                readers, beyond = self.question.readers or None, self.question.beyond
-                out = partial(listener.knock_out, layers, where, readers, beyond)
-                return Variant(out, lowest)
-            case "bypass":
-                return Variant(partial(listener.bypass, layers, where), lowest)
-            case "without-lora":
-                return Variant(partial(listener.without_lora, layers), lowest, by_position=False)
 
 
 def swap_partners(utterances: Sequence[Utterance]) -> list[int]:
@@ -107,87 +95,162 @@ def run_layer_study(
 ) -> None:
     """Fill `store` with the rows that are missing; `advance(n)` hears of each n rows done."""
     done = store.done()
-    for batch in study.batches(listener.processor):
-        _Batch(listener, study, batch).fill(store, done, advance)
+    study = with_means(listener, study)
+    for places in study.batches(listener.processor):
+        _fill(StudyBatch(listener, study, places), store, done, advance)
 
 
-class _Batch:
-    """One batch of clips under every condition."""
+def with_means(listener: Listener, study: LayerStudy) -> LayerStudy:
+    """The study, with the mean contributions over its clips if it replaces parts by them."""
+    question = study.question
+    if question.by != "mean" or study.means:
+        return study
+    parts = [part for layers in study.layer_sets for part in question.parts(layers)]
+    with watch_means(listener.model, parts, question.positions) as means:
+        for places in study.batches(listener.processor):
+            texts = [study.utterances[i].text for i in places]
+            listener.score([study.waves[i] for i in places], texts)
+    return replace(study, means=means.values())
 
-    def __init__(self, listener: Listener, study: LayerStudy, batch: list[int]):
-        self.listener = listener
-        self.study = study
-        self.utterances = [study.utterances[i] for i in batch]
-        self.waves = [study.waves[i] for i in batch]
-        self.swapped_waves = [study.waves[study.partners[i]] for i in batch]
-        self.texts = [u.text for u in self.utterances]
 
-    def fill(self, store: RowStore, done: set[Key], advance: Callable[[int], None]) -> None:
-        cut, positions = self.study.question.cut, self.study.question.positions
-        sets = {format_layers(layers): layers for layers in self.study.layer_sets}
-        conditions = [("intact", ""), ("swapped", ""), *((cut, label) for label in sets)]
-        missing = [
-            condition
-            for condition in conditions
-            if any(Key(self.study.run, *condition, u.id) not in done for u in self.utterances)
-        ]
-        advance(len(self.utterances) * (len(conditions) - len(missing)))
-        if not missing:
-            return
-        limit = self.study.max_new_tokens
-        replay = self.listener.replay(self.waves, self.texts, limit)
-        change = replay.block_change(positions)
+class StudyBatch:
+    """Some clips of a study: heard intact, with swapped audio, and all that a cut needs."""
 
-        def keep(condition: str, label: str, heard: Heard) -> None:
-            rows = self._rows(condition, label, heard, _turned(change, label))
-            store.add(rows)
-            advance(len(rows))
-
-        if ("intact", "") in missing:
-            keep("intact", "", replay.intact)
-        if ("swapped", "") in missing:
-            swapped = self.listener.replay(self.swapped_waves, self.texts, limit)
-            kl = kl_per_clip(replay.scores, swapped.scores)
-            keep("swapped", "", replace(swapped.intact, kl=kl))
-        cuts = [label for condition, label in missing if condition == cut]
-        variants = (self.study.variant(self.listener, sets[label]) for label in cuts)
-        for label, heard in zip(cuts, replay.hear_each(variants), strict=True):
-            keep(cut, label, heard)
-
-    def _rows(
+    def __init__(
         self,
-        condition: str,
-        label: str,
-        heard: Heard,
-        turned: tuple[Tensor, Tensor] | None,
-    ) -> list[Row]:
-        answers = self.listener.processor.batch_decode(heard.answers)
-        rows = []
-        for i, (u, hypothesis) in enumerate(zip(self.utterances, answers, strict=True)):
-            errors = count_errors(u.text, hypothesis)
-            rows.append(
-                Row(
-                    run=self.study.run,
-                    condition=condition,
-                    layer=label,
-                    utterance=u.id,
-                    positions=self.study.question.positions if label else "",
-                    speaker=u.speaker,
-                    nll=heard.nll[i].item(),
-                    answer_tokens=int(heard.tokens[i]),
-                    kl=heard.kl[i].item(),
-                    reference=u.text,
-                    hypothesis=hypothesis,
-                    substitutions=errors.substitutions,
-                    deletions=errors.deletions,
-                    insertions=errors.insertions,
-                    reference_words=errors.reference_words,
-                    seconds=heard.seconds / len(answers),
-                    block_influence=1 - turned[0][i].item() if turned else None,
-                    angular_distance=turned[1][i].item() if turned else None,
-                )
+        listener: Listener,
+        study: LayerStudy,
+        places: Sequence[int],
+        max_new_tokens: int | None = None,
+    ):
+        """max_new_tokens: the study's when not given."""
+        self.listener, self.study = listener, study
+        self.max_new_tokens = study.max_new_tokens if max_new_tokens is None else max_new_tokens
+        self.utterances = [study.utterances[i] for i in places]
+        self.texts = [u.text for u in self.utterances]
+        self._waves = [study.waves[i] for i in places]
+        self._swapped_waves = [study.waves[study.partners[i]] for i in places]
+
+    @cached_property
+    def replay(self) -> Replay:
+        return self.listener.replay(self._waves, self.texts, self.max_new_tokens)
+
+    @cached_property
+    def swapped(self) -> Replay:
+        """Each clip's text under its partner's audio."""
+        return self.listener.replay(self._swapped_waves, self.texts, self.max_new_tokens)
+
+    def variant(self, layers: Sequence[int]) -> Variant:
+        """These blocks cut, as the study cuts blocks."""
+        question, listener, lowest = self.study.question, self.listener, min(layers)
+        where = question.positions
+        match question.cut:
+            case "skip":
+                # It changes what the block hands on, but not what the block computes.
+                return Variant(partial(listener.skip, layers, where), lowest + 1)
+            case "knock-out":
+                readers, beyond = question.readers or None, question.beyond
+                out = partial(listener.knock_out, layers, where, readers, beyond)
+                return Variant(out, lowest)
+            case "bypass":
+                return Variant(partial(listener.bypass, layers, where), lowest)
+            case "no-attention" | "no-mlp":
+                parts = question.parts(layers)
+                ablated = partial(listener.ablate, parts, where, self._values(parts))
+                return Variant(ablated, lowest)
+            case "without-lora":
+                return Variant(partial(listener.without_lora, layers), lowest, by_position=False)
+
+    def _values(self, parts: Sequence[Part]) -> dict[Part, Tensor]:
+        """What stands in the place of what parts contribute."""
+        match self.study.question.by:
+            case "mean":
+                return {part: self.study.means[part] for part in parts}
+            case "resample":
+                where = self.replay.where(self.study.question.positions)
+                return {part: in_place(self._of_partners[part], where) for part in parts}
+        return {}
+
+    @cached_property
+    def _of_partners(self) -> dict[Part, list[Tensor]]:
+        """What all parts contribute to the partners' clips."""
+        question, model = self.study.question, self.listener.model
+        sets = self.study.layer_sets
+        parts = [part for layers in sets for part in question.parts(layers)]
+        inputs = self.listener.processor(self._swapped_waves).to(model.device)
+        with torch.no_grad(), watch_parts(model, parts, question.positions) as seen:
+            model(**inputs, logits_to_keep=1)
+        return seen
+
+
+def _fill(
+    batch: StudyBatch, store: RowStore, done: set[Key], advance: Callable[[int], None]
+) -> None:
+    """Store the rows of a batch that are missing."""
+    study, cut = batch.study, batch.study.question.cut
+    sets = {format_layers(layers): layers for layers in study.layer_sets}
+    conditions = [("intact", ""), ("swapped", ""), *((cut, label) for label in sets)]
+    missing = [
+        condition
+        for condition in conditions
+        if any(Key(study.run, *condition, u.id) not in done for u in batch.utterances)
+    ]
+    advance(len(batch.utterances) * (len(conditions) - len(missing)))
+    if not missing:
+        return
+    change = batch.replay.block_change(study.question.positions)
+
+    def keep(condition: str, label: str, heard: Heard) -> None:
+        rows = _rows(batch, condition, label, heard, _turned(change, label))
+        store.add(rows)
+        advance(len(rows))
+
+    if ("intact", "") in missing:
+        keep("intact", "", batch.replay.intact)
+    if ("swapped", "") in missing:
+        kl = kl_per_clip(batch.replay.scores, batch.swapped.scores)
+        keep("swapped", "", replace(batch.swapped.intact, kl=kl))
+        del batch.swapped  # its logits are as large as all the rest
+    cuts = [label for condition, label in missing if condition == cut]
+    variants = (batch.variant(sets[label]) for label in cuts)
+    for label, heard in zip(cuts, batch.replay.hear_each(variants), strict=True):
+        keep(cut, label, heard)
+
+
+def _rows(
+    batch: StudyBatch,
+    condition: str,
+    label: str,
+    heard: Heard,
+    turned: tuple[Tensor, Tensor] | None,
+) -> list[Row]:
+    answers = batch.listener.processor.batch_decode(heard.answers)
+    rows = []
+    for i, (u, hypothesis) in enumerate(zip(batch.utterances, answers, strict=True)):
+        errors = count_errors(u.text, hypothesis)
+        rows.append(
+            Row(
+                run=batch.study.run,
+                condition=condition,
+                layer=label,
+                utterance=u.id,
+                positions=batch.study.question.positions if label else "",
+                speaker=u.speaker,
+                nll=heard.nll[i].item(),
+                answer_tokens=int(heard.tokens[i]),
+                kl=heard.kl[i].item(),
+                reference=u.text,
+                hypothesis=hypothesis,
+                substitutions=errors.substitutions,
+                deletions=errors.deletions,
+                insertions=errors.insertions,
+                reference_words=errors.reference_words,
+                seconds=heard.seconds / len(answers),
+                block_influence=1 - turned[0][i].item() if turned else None,
+                angular_distance=turned[1][i].item() if turned else None,
             )
-        return rows
+        )
+    return rows
 
 
 def _turned(change: list[tuple[Tensor, Tensor]], label: str) -> tuple[Tensor, Tensor] | None:

@@ -1,8 +1,9 @@
 """Ablating parts of decoder blocks: attention, the MLP, or single heads.
 
 A part adds its contribution to the residual. At the chosen positions that contribution is replaced:
-by zero, or by a value such as the part's mean over other clips (`watch_means`), which keeps what it
-adds to every clip alike and takes away what it says about this one.
+by zero; by the part's mean (`watch_means`), which keeps what it adds to every clip alike and takes
+away what it says about this one; or by what it adds to another clip (`watch_parts`, `in_place`),
+which takes that away and stays as varied as ever.
 
 A head's contribution is taken before the output projection, so it is of the head's own width.
 That a part's output is what the residual gets holds for Llama and its kin, not for blocks that
@@ -10,7 +11,7 @@ normalise it once more (Gemma 2 and 3).
 Shapes: B batch, S sequence positions, D the width of a part's contribution.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -53,7 +54,8 @@ def ablate(
 ) -> Iterator[None]:
     """Replace what these parts contribute at these positions inside a `with`; restored on exit.
 
-    values: (D,) for each part, zero for those that aren't there. Contexts nest. Raises UsageError
+    values: (D,) for each part, or (B, S, D) for a pass over a batch whose positions stand so, and
+    for none of the later steps; zero for parts that aren't there. Contexts nest. Raises UsageError
     for a part or positions that the model doesn't have.
     """
     parse_positions(positions)
@@ -62,6 +64,8 @@ def ablate(
     def replace(part: Part, contribution: Tensor) -> Tensor:
         value = contribution.new_zeros(()) if values is None else values.get(part, torch.zeros(()))
         where = tracker.selected(positions)[..., None]
+        if value.dim() == 3 and not where.any():
+            return contribution  # a decoding step, which has no such positions
         return torch.where(where, value.to(contribution), contribution)
 
     with ExitStack() as stack:
@@ -108,6 +112,42 @@ def watch_means(
         for part in chosen:
             stack.enter_context(_changing(model, part, note))
         yield means
+
+
+@contextmanager
+def watch_parts(
+    model: MelLLMForConditionalGeneration, parts: Iterable[Part], positions: str = "speech"
+) -> Iterator[dict[Part, list[Tensor]]]:
+    """What these parts contribute there in the last pass inside: (N, D) of each clip."""
+    parse_positions(positions)
+    chosen, seen = _check(model, parts), dict[Part, list[Tensor]]()
+
+    def note(part: Part, contribution: Tensor) -> Tensor:
+        where = tracker.selected(positions)
+        seen[part] = [row[there] for row, there in zip(contribution, where, strict=True)]
+        return contribution
+
+    with ExitStack() as stack:
+        tracker = stack.enter_context(PositionTracker.watching(model))
+        for part in chosen:
+            stack.enter_context(_changing(model, part, note))
+        yield seen
+
+
+def in_place(contributions: Sequence[Tensor], where: Tensor) -> Tensor:
+    """Contributions (N, D) of each clip, put where (B, S) is True, as `ablate` takes them.
+
+    The clip's k-th place gets the k-th of them, from the beginning again where they are too few.
+    Raises ValueError where a clip has places and nothing to put there.
+    """
+    values = []
+    for row, there in zip(contributions, where, strict=True):
+        if there.any() and not len(row):
+            raise ValueError("nothing to put in the place of a clip's contributions")
+        places = (there.cumsum(0) - 1).clamp(min=0) % max(1, len(row))
+        given = row[places] if len(row) else row.new_zeros(len(there), row.shape[1])
+        values.append(given * there[:, None])
+    return torch.stack(values)
 
 
 @contextmanager

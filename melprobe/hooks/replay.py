@@ -188,13 +188,17 @@ class Replay:
     def _draft_start(self) -> int:
         return self.n_prompt + self.references.shape[1]
 
+    def where(self, positions: str) -> Tensor:
+        """(B, S) bool: these positions."""
+        return selected(self.kinds, positions, self.model.config.frames_per_patch)
+
     def block_change(self, positions: str, span: int = 1) -> list[tuple[Tensor, Tensor]]:
         """(B,) mean cosine and angle / π by which each block of the intact model turns the residual
 
         at these positions of prompt and reference; see `melprobe.hooks.cuts.turn`.
         span: blocks from each one on that are taken together.
         """
-        where = selected(self.kinds, positions, self.model.config.frames_per_patch)
+        where = self.where(positions)
         where[:, self._draft_start :] = False
         pairs = zip(self.residuals, self.residuals[span:], strict=False)
         return [turn(*pair, where) for pair in pairs]

@@ -86,7 +86,7 @@ def examples(run_dir: Path, results: Results, rows: pd.DataFrame) -> list[Exampl
         audio = base64.b64encode(flac).decode() if flac and len(flac) <= room else None
         room -= len(flac) if audio else 0
         transcripts = [
-            _transcript(table.loc[(utterance, *condition)], *condition)
+            _transcript(table.loc[(utterance, *condition)], _label(results, *condition))
             for condition in conditions
             if (utterance, *condition) in table.index
         ]
@@ -95,7 +95,13 @@ def examples(run_dir: Path, results: Results, rows: pd.DataFrame) -> list[Exampl
     return found
 
 
-def _transcript(row: pd.Series, condition: str, layer: str) -> Transcript:
+def _label(results: Results, condition: str, layer: str) -> str:
+    if not layer:
+        return LABELS[condition]
+    return f"{reading.cut(results).verb} {reading.label_text(layer)}"
+
+
+def _transcript(row: pd.Series, label: str) -> Transcript:
     shown, room = [], MOST_WORDS
     # Of "..." or "[cough]" the scoring leaves no words: all that was heard counts as added.
     reference = row.reference if row.reference_words else ""
@@ -105,9 +111,7 @@ def _transcript(row: pd.Series, condition: str, layer: str) -> Transcript:
             shown.append(run._replace(text=" ".join(words[:room])))
         room -= len(words)
     return Transcript(
-        label=f"{reading.CUTS[condition].verb} {reading.label_text(layer)}"
-        if layer
-        else LABELS[condition],
+        label=label,
         runs=shown,
         hidden_words=max(0, -room),
         errors=int(row.substitutions + row.deletions + row.insertions),

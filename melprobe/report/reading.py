@@ -43,6 +43,15 @@ CUTS = {
         "knock out", "knocking out", "knocked out", "No single block’s reading is needed {}"
     ),
     "bypass": Cut("bypass", "bypassing", "bypassed", "No single block is needed {}"),
+    "no-attention": Cut(
+        "no attention in",
+        "ablating attention in",
+        "run {} attention",
+        "No single block’s attention is needed {{}}",
+    ),
+    "no-mlp": Cut(
+        "no MLP in", "ablating the MLP of", "run {} MLP", "No single block’s MLP is needed {{}}"
+    ),
     "without-lora": Cut(
         "no LoRA in",
         "switching LoRA off in",
@@ -52,8 +61,15 @@ CUTS = {
 }
 
 
+BY = {"zero": "without", "mean": "on mean", "resample": "on another clip’s"}
+
+
 def cut(results: Results) -> Cut:
-    return CUTS[results["question"]["cut"]]
+    found, by = CUTS[results["question"]["cut"]], results["question"]["by"]
+    if not by:
+        return found
+    verb = found.verb if by == "zero" else found.verb.replace("no", by, 1)
+    return Cut(verb, found.ing, found.done.format(BY[by]), found.spared.format())
 
 
 def outcome(layer: Layer, margin: float) -> Outcome:

@@ -19,13 +19,15 @@ Interval = tuple[FiniteFloat, FiniteFloat]
 
 
 class Question(TypedDict):
-    cut: Literal["skip", "knock-out", "bypass", "without-lora"]
+    cut: Literal["skip", "knock-out", "bypass", "no-attention", "no-mlp", "without-lora"]
     positions: str
     """speech, text, prompt, answer, bos, all, or times of speech such as speech:0.5-1.2"""
     readers: str
     """positions that a knock-out hides them from; "" for all others"""
     beyond: float
     """seconds of speech that a knock-out of speech from speech leaves to be read; 0 for none"""
+    by: Literal["", "zero", "mean", "resample"]
+    """what stands in the place of a part that is taken out"""
     layers: str
     """"each block in turn", "windows:4", "prefixes", "suffixes", "greedy", "picks:4", or a set such
     as "3,5-8" """

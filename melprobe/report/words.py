@@ -30,9 +30,20 @@ EFFECTS = {
     "bypass": "what stands there passes by unchanged, and nothing that stands elsewhere reads it "
     "there, in any step of the answer. If the transcript suffers, the block was needed, to work on "
     "what stands there or to read it.",
+    "no-attention": "what attention adds to the residual there {}. If the transcript suffers, "
+    "that was needed.",
+    "no-mlp": "what the MLP adds to the residual there {}. If the transcript suffers, that was "
+    "needed.",
     "without-lora": "the block is then the base model’s, as it was before speech training. If the "
     "transcript suffers, what the training changed there was needed. It does not say what training "
     "without LoRA there would give: other blocks could then have made up for it.",
+}
+INSTEAD = {
+    "": "",
+    "zero": "is left out",
+    "mean": "gives way to its mean over all clips, which keeps what it adds to each alike and "
+    "takes away what it says of this one",
+    "resample": "gives way to what it adds to another clip of like length",
 }
 SETS = {
     "windows": "each run of {0} neighbouring blocks is {1} in turn",
@@ -65,7 +76,7 @@ def question(results: Results) -> str:
     if not series:
         who = names(results["layers"])
         what = f"{who} are {done} together" if who.startswith("blocks") else f"{who} is {done}"
-    effect = EFFECTS[results["question"]["cut"]]
+    effect = EFFECTS[results["question"]["cut"]].format(INSTEAD[results["question"]["by"]])
     if readers := results["question"]["readers"]:
         effect = effect.replace("nothing that stands elsewhere reads", f"{readers} doesn’t read")
     if beyond := results["question"]["beyond"]:
