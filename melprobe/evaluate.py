@@ -89,7 +89,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         nearest = nearest_wer(usable, texts) if texts else None
         summary["wer_nearest_training_transcript"] = nearest
     if options.out:
-        (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        voices = by_speaker([row_errors(row) for row in rows], [u.speaker for u in usable])
+        filed = json.dumps(summary | {"by_speaker": voices}, indent=2)
+        (options.out / "summary.json").write_text(filed + "\n")
     print(json.dumps(summary, indent=2))
 
 
@@ -204,6 +206,20 @@ def score(rows: list[dict[str, Any]], speakers: list[str], seed: int) -> dict[st
         **{kind: sum(getattr(e, kind) for e in errors) for kind in WordErrors.__slots__},
         "rtfx": sum(row["duration"] for row in rows) / sum(row["time"] for row in rows),
     }
+
+
+def by_speaker(errors: list[WordErrors], speakers: list[str]) -> dict[str, dict[str, float]]:
+    """WER of each speaker that is named, the worst first, and on how many reference words."""
+    of: dict[str, list[WordErrors]] = {}
+    for speaker, found in zip(speakers, errors, strict=True):
+        if speaker:
+            of.setdefault(speaker, []).append(found)
+    scores = {
+        speaker: {"wer": corpus_wer(found), "words": sum(e.reference_words for e in found)}
+        for speaker, found in of.items()
+        if sum(e.reference_words for e in found)
+    }
+    return dict(sorted(scores.items(), key=lambda item: -item[1]["wer"]))
 
 
 def training_texts(checkpoint: Path) -> list[str]:

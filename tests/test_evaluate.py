@@ -54,6 +54,22 @@ def test_evaluate_writes_rows_first_and_scores_from_them(folder, capsys):
     assert summary["wer_swapped"] == pytest.approx(corpus_wer(errors))
 
 
+def test_each_speaker_has_a_score(folder, tmp_path, capsys):
+    utterances = read_manifest(folder / "data.jsonl")
+    speakers = ["Ann", "Ann", "", *["Bob"] * (len(utterances) - 3)]
+    named = [replace(u, speaker=s) for u, s in zip(utterances, speakers, strict=True)]
+    write_manifest(folder / "named.jsonl", named)
+    evaluated(folder, capsys, "--out", str(tmp_path), data="named.jsonl")
+    rows = read_rows(tmp_path / "rows.jsonl")
+    errors = [count_errors(row["text"], row["pred_text"]) for row in rows]
+    found = json.loads((tmp_path / "summary.json").read_text())["by_speaker"]
+    assert found["Ann"] == {"wer": corpus_wer(errors[:2]), "words": 6}
+    assert set(found) == {"Ann", "Bob"} and found["Bob"]["wer"] == corpus_wer(errors[3:])
+    assert [voice["wer"] for voice in found.values()] == sorted(
+        (voice["wer"] for voice in found.values()), reverse=True
+    )
+
+
 def test_a_single_clip_is_scored_without_the_swapped_control(folder, capsys):
     write_manifest(folder / "one.jsonl", read_manifest(folder / "data.jsonl")[:1])
     summary = evaluated(folder, capsys, "--out", str(folder / "one"), data="one.jsonl")
