@@ -9,10 +9,9 @@ study goes on where it was.
 """
 
 import json
-import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,19 @@ import soundfile
 from rich.console import Console
 from rich.progress import Progress
 
-from melprobe.analysis.choice import Picked, choose_sets, halves
-from melprobe.analysis.damage import score_layers
+from melprobe.analysis.choice import choose_sets, halves
+from melprobe.analysis.findings import (
+    checkpoint_name,
+    describe_checkpoint,
+    describe_data,
+    layer_findings,
+)
 from melprobe.analysis.protocol import answer_limit, choose, leave_out_too_long
 from melprobe.analysis.question import CutName, Question, asked
 from melprobe.analysis.sweep import LayerStudy, run_layer_study, swap_partners
 from melprobe.audio.load import SAMPLE_RATE, load_usable
-from melprobe.audio.patches import patch_rate
 from melprobe.corpus.manifest import find_manifest, read_manifest
 from melprobe.errors import Parser, check_writable, run
-from melprobe.hooks.layers import format_layers
 from melprobe.hooks.positions import POSITIONS
 from melprobe.listener import DTYPES, Listener, load
 from melprobe.model.checkpoint import (
@@ -44,11 +46,9 @@ from melprobe.report import reading
 from melprobe.report.examples import chosen_utterances, clip_path
 from melprobe.report.html import render
 from melprobe.report.reading import EACH_BLOCK
-from melprobe.report.schema import SCHEMA
-from melprobe.store import RowStore, provenance
+from melprobe.store import RowStore
 from melprobe.wheels import file_sha256
 
-ENOUGH_FOR_WER = 120  # simulated: LOG.md, "Intervals"
 CUTS: dict[str, tuple[CutName, str]] = {
     "--skip-layers": ("skip", "skip"),
     "--knockout": ("knock-out", "knock out"),
@@ -115,12 +115,59 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint = find_checkpoint(options.checkpoint)
     out = options.out or default_out(options, question, checkpoint)
     check_writable(out, f"--out {out}")
+    manifest = find_manifest(options.data)
+    listener, study, left_out = prepare(options, question, checkpoint, manifest, out)
+    settings = {
+        "run": study.run,
+        "checkpoint": file_sha256(weights_file(checkpoint)),
+        "data": file_sha256(manifest),
+        "utterances": [u.id for u in study.utterances],
+        **question._asdict(),
+        "seed": options.seed,
+        "max_new_tokens": study.max_new_tokens,
+        "dtype": str(listener.model.dtype),
+        "device": listener.model.device.type,
+    }
+    chosen = None
+    with RowStore(out / "rows.sqlite", settings) as store:
+        with Progress(console=Console(stderr=True)) as progress:
+            if question.chooses:
+                bar = progress.add_task("choosing blocks", total=None)
+                chosen = choose_sets(listener, study, store, partial(progress.advance, bar))
+                study = chosen.study
+                progress.update(bar, total=chosen.n_tried, completed=chosen.n_tried)
+            rows_due = len(study.utterances) * (2 + len(study.layer_sets))
+            bar = progress.add_task(reading.CUTS[question.cut].ing, total=rows_due)
+            run_layer_study(listener, study, store, partial(progress.advance, bar))
+        store.export_parquet(out / "rows.parquet")
+        rows = store.frame()
+    results = layer_findings(
+        rows,
+        study,
+        chosen,
+        checkpoint=describe_checkpoint(checkpoint, listener),
+        data=describe_data(options.data, manifest, study, left_out),
+        unread=question.unread_block(listener.processor, listener.n_layers, study.waves),
+        seed=options.seed,
+        words=words,
+    )
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    keep_examples(out, rows, study)
+    print(f"report: {render(out)}")
+
+
+def prepare(
+    options: Any, question: Question, checkpoint: Path, manifest: Path, out: Path
+) -> tuple[Listener, LayerStudy, list[str]]:
+    """The model, the study, and a line for each clip that was left out; UsageError for all that
+
+    can be refused before the model has run.
+    """
     config = read_config(checkpoint)
     n_layers = config.text_config.num_hidden_layers
     sets = question.layer_sets(n_layers, lora_blocks(checkpoint, n_layers))
-    manifest = find_manifest(options.data)
-    chosen = choose(read_manifest(manifest), options.limit, options.seed)
-    usable, waves, left_out = load_usable(chosen, options.on_bad_audio)
+    drawn = choose(read_manifest(manifest), options.limit, options.seed)
+    usable, waves, left_out = load_usable(drawn, options.on_bad_audio)
     for place in reversed(question.without_patches(usable, waves, config.frames_per_patch)):
         left_out.append(f"{usable[place].id}: nothing of it stands at {question.positions}")
         del usable[place], waves[place]
@@ -131,8 +178,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         merge=question.cut != "without-lora",
     )
     left_out += leave_out_too_long(listener, usable, waves, options.on_bad_audio)
-    deciding, reported = halves(len(usable)) if question.chooses else ([], [])
     question.check(listener.processor)
+    if question.chooses:
+        halves(len(usable))
     study = LayerStudy(
         run=out.resolve().name,
         utterances=usable,
@@ -142,92 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         layer_sets=sets,
         max_new_tokens=answer_limit(listener, usable),
     )
-    settings = {
-        "run": study.run,
-        "checkpoint": file_sha256(weights_file(checkpoint)),
-        "data": file_sha256(manifest),
-        "utterances": [u.id for u in usable],
-        "cut": question.cut,
-        "layers": question.layers,
-        "positions": question.positions,
-        "readers": question.readers,
-        "beyond": question.beyond,
-        "by": question.by,
-        "seed": options.seed,
-        "max_new_tokens": study.max_new_tokens,
-        "dtype": str(listener.model.dtype),
-        "device": listener.model.device.type,
-    }
-    choice: dict[str, int] | None = None
-    ways: dict[str, list[str]] = {}
-    with RowStore(out / "rows.sqlite", settings) as store:
-        with Progress(console=Console(stderr=True)) as progress:
-            if question.chooses:
-                picked = picked_sets(listener, study.of(deciding), store, progress)
-                ways = {format_layers(layers): by for layers, by in picked}
-                study = replace(study.of(reported), layer_sets=[layers for layers, _ in picked])
-                choice = {"n_utterances": len(deciding), "sets_tried": len(store.tried())}
-            bar = progress.add_task(
-                reading.CUTS[question.cut].ing,
-                total=len(study.utterances) * (2 + len(study.layer_sets)),
-            )
-            run_layer_study(listener, study, store, lambda n: progress.update(bar, advance=n))
-        store.export_parquet(out / "rows.parquet")
-        rows = store.frame()
-    labels = [format_layers(layers) for layers in study.layer_sets]
-    unread = question.unread_block(listener.processor, n_layers, study.waves)
-    checkpoint_facts = describe_checkpoint(checkpoint, listener)
-    n = len(study.utterances)
-    results: dict[str, Any] = {
-        "schema": SCHEMA,
-        "run": study.run,
-        "question": question._asdict(),
-        "checkpoint": checkpoint_facts,
-        "data": describe_data(options.data, manifest, study, left_out),
-        "choice": choice,
-        "n_utterances": n,
-        **score_layers(rows, question.cut, labels, question.positions, unread, options.seed),
-        **provenance(
-            seed=options.seed, command=["python -m melprobe.ablate", *map(shlex.quote, words)]
-        ),
-        "warnings": warnings(n, checkpoint_facts["targets_after"]),
-    }
-    for layer, label in zip(results["layers"], labels, strict=True):
-        layer["picked_by"] = ways.get(label, [])
-    seconds = rows[rows.condition == "intact"].seconds.sum()
-    results["baseline"]["rtfx"] = results["data"]["seconds"] / seconds
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    keep_examples(out, rows, study)
-    print(f"report: {render(out)}")
-
-
-def picked_sets(
-    listener: Listener, study: LayerStudy, store: RowStore, progress: Progress
-) -> list[Picked]:
-    """The sets of blocks that the study's question asks for, chosen on its clips."""
-    bar = progress.add_task("choosing blocks", total=None)
-    blocks = [block for layers in study.layer_sets for block in layers]
-    picked = choose_sets(listener, study, blocks, store, lambda n: progress.update(bar, advance=n))
-    progress.update(bar, total=len(store.tried()), completed=len(store.tried()))
-    return picked
-
-
-def warnings(n: int, targets: Sequence[int]) -> list[str]:
-    """What a reader must know beside the figures."""
-    found = []
-    if targets:
-        blocks = f"block{'s' * (len(targets) > 1)} {reading.listing([str(b) for b in targets])}"
-        found.append(
-            f"Training read phones or words off the speech positions right after {blocks}, which "
-            "draws hearing down to there. A profile that ends about there was asked for in "
-            "training; it does not say where a model without such targets would listen."
-        )
-    if n < ENOUGH_FOR_WER:
-        found.append(
-            f"With {n} utterances the bands on ΔWER hold less often than 95 %, because few clips "
-            "change their words: claims rest on ΔNLL."
-        )
-    return found
+    return listener, study, left_out
 
 
 def default_out(options: Any, question: Question, checkpoint: Path) -> Path:
@@ -242,63 +205,6 @@ def default_out(options: Any, question: Question, checkpoint: Path) -> Path:
         ":", "-"
     )
     return Path("reports") / f"{checkpoint_name(checkpoint)}-{data}-{how}"
-
-
-def checkpoint_name(folder: Path) -> str:
-    """The folder's name; a run's `best` and `last` say whose they are."""
-    folder = folder.resolve()
-    return f"{folder.parent.name}-{folder.name}" if folder.name in {"best", "last"} else folder.name
-
-
-def describe_checkpoint(folder: Path, listener: Listener) -> dict[str, Any]:
-    data = folder / "data.json"
-    manifests = json.loads(data.read_text())["manifests"] if data.exists() else []
-    config = listener.model.config
-    return {
-        "name": checkpoint_name(folder),
-        "sha256": file_sha256(weights_file(folder)),
-        "base": config.base,
-        "front": config.audio_front,
-        "token_rate_hz": patch_rate(config.frames_per_patch),
-        "n_layers": listener.n_layers,
-        "trained_on": list(dict.fromkeys(corpus["manifest"] for corpus in manifests)),
-        "targets_after": targets_after(folder),
-        "dtype": str(listener.model.dtype).removeprefix("torch."),
-    }
-
-
-def targets_after(folder: Path) -> list[int]:
-    """Blocks that training gave targets of their own, by all recipes that lie with a checkpoint."""
-    blocks: set[int] = set()
-    for path in folder.glob("recipe*.json"):
-        recipe = json.loads(path.read_text())
-        if frames := recipe.get("frames"):
-            blocks |= {frames["phones_after"], frames["tokens_after"]}
-        if ctc := recipe.get("ctc"):
-            blocks.add(ctc["layer"])
-    return sorted(blocks)
-
-
-def describe_data(
-    name: str, manifest: Path, study: LayerStudy, left_out: list[str]
-) -> dict[str, Any]:
-    n = len(study.utterances)
-    speakers = {u.speaker for u in study.utterances if u.speaker}
-    if len(speakers) == 1:
-        scope = "one speaker: it can show what this model does with this voice, not with others"
-    elif len(speakers) < 10:
-        scope = f"{len(speakers) or 'unnamed'} speakers: too few to speak of speakers in general"
-    else:
-        scope = f"{len(speakers)} speakers, resampled whole: it speaks of speakers like these"
-    return {
-        "name": name,
-        "n_utterances": n,
-        "n_speakers": len(speakers),
-        "seconds": round(sum(map(len, study.waves)) / SAMPLE_RATE, 2),
-        "sha256": file_sha256(manifest),
-        "note": f"{n} utterances of {scope}.",
-        "left_out": left_out,
-    }
 
 
 def keep_examples(out: Path, rows: pd.DataFrame, study: LayerStudy) -> None:

@@ -177,14 +177,15 @@ def test_beam_search_finds_the_pair_that_greedy_search_passes_by(planted, tmp_pa
 
 def test_greedy_drops_what_does_nothing_first_and_stops_behind_the_margin(planted, tmp_path):
     listener, place = planted
+    study = study_of([[block] for block in sorted(place.values())], layers="greedy").of(range(12))
     tried = []
     with RowStore(tmp_path / "rows", {}) as store:
-        study = study_of([], layers="greedy").of(range(6))
-        sets = choose_sets(listener, study, sorted(place.values()), store, tried.append)
-        again = choose_sets(listener, study, sorted(place.values()), store, pytest.fail)
+        chosen = choose_sets(listener, study, store, tried.append)
+        again = choose_sets(listener, study, store, pytest.fail)
         known = store.tried()
-    assert again == sets  # nothing was tried a second time
-    first, second, third = (set(layers) for layers, _ in sets)
+    assert again.ways == chosen.ways  # nothing was tried a second time
+    first, second, third = (set(layers) for layers in chosen.study.layer_sets)
     assert second == {place["identity"], place["text"]} and first < second < third
     assert known[format_layers(third)] > DAMAGE_MARGIN
-    assert len(known) == len(tried) == 5 + 4 + 3
+    assert chosen.n_tried == len(known) == len(tried) == 5 + 4 + 3
+    assert chosen.n_clips == len(chosen.study.utterances) == 6

@@ -5,6 +5,7 @@ chooses spends half of its clips on the choice, by likelihood alone, and reports
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -23,37 +24,47 @@ BEAM = 4
 BlockSet = frozenset[int]
 
 
-class Picked(NamedTuple):
-    """A set of blocks, and which ways of choosing came upon it."""
+class Chosen(NamedTuple):
+    """The outcome of a choice."""
 
-    layers: list[int]
-    by: list[str]
+    study: LayerStudy
+    """What is left to ask: the chosen sets, in order, on the clips that had no part in it."""
+    ways: dict[str, list[str]]
+    """By a set's label in rows: the ways of choosing that came upon it."""
+    n_clips: int
+    """that chose"""
+    n_tried: int
+    """sets"""
 
 
 def choose_sets(
-    listener: Listener,
-    study: LayerStudy,
-    blocks: Collection[int],
-    store: RowStore,
-    advance: Callable[[int], None],
-) -> list[Picked]:
-    """The sets that the study's question asks for, in order.
+    listener: Listener, study: LayerStudy, store: RowStore, advance: Callable[[int], None]
+) -> Chosen:
+    """Choose the sets that the study's question asks for, out of the blocks in its `layer_sets`.
 
-    study: of the clips that choose; blocks: those that may be cut. Damages that were computed are
-    kept in `store`, so that a stopped choice goes on; `advance(n)` hears of n sets done.
+    Damages that were computed are kept in `store`, so that a stopped choice goes on; `advance(n)`
+    hears of n sets done.
     """
-    trials, question = Trials(listener, study, store, advance), study.question
-    if question.layers == "greedy":
-        return [Picked(sorted(blocks), ["greedy"]) for blocks in greedy(trials, blocks)]
-    n = question.picks(len(blocks))
-    found = {
-        "greedy": beam_search(trials, blocks, n, width=1),
-        "beam search": beam_search(trials, blocks, n, BEAM),
-        "angular distance": trials.least_turned(blocks, n),
-        "block influence": trials.least_influential(blocks, n),
-    }
-    sets = list(dict.fromkeys(found.values()))
-    return [Picked(sorted(s), [way for way, its in found.items() if its == s]) for s in sets]
+    blocks = [block for layers in study.layer_sets for block in layers]
+    deciding, reported = halves(len(study.utterances))
+    trials = Trials(listener, study.of(deciding), store, advance)
+    if study.question.layers == "greedy":
+        ways = {found: ["greedy"] for found in greedy(trials, blocks)}
+    else:
+        n = study.question.picks(len(blocks))
+        found = {
+            "greedy": beam_search(trials, blocks, n, width=1),
+            "beam search": beam_search(trials, blocks, n, BEAM),
+            "angular distance": trials.least_turned(blocks, n),
+            "block influence": trials.least_influential(blocks, n),
+        }
+        ways = {s: [way for way, its in found.items() if its == s] for s in found.values()}
+    return Chosen(
+        replace(study.of(reported), layer_sets=[sorted(blocks) for blocks in ways]),
+        {format_layers(blocks): by for blocks, by in ways.items()},
+        len(deciding),
+        len(store.tried()),
+    )
 
 
 def halves(n: int) -> tuple[list[int], list[int]]:
