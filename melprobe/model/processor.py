@@ -103,9 +103,6 @@ class MelLLMProcessor(ProcessorMixin):
     frames_per_patch must equal the model's; before, after: prompt text around the patches.
     """
 
-    feature_extractor_class = "AutoFeatureExtractor"
-    tokenizer_class = "AutoTokenizer"
-
     def __init__(
         self,
         feature_extractor: MelLLMFeatureExtractor,
