@@ -35,7 +35,7 @@ from melprobe.errors import UsageError
 from melprobe.hooks.cuts import hide_keys, residuals, turn
 from melprobe.hooks.layers import decoder_blocks
 from melprobe.hooks.positions import Kind, kinds_are, position_kinds, rows_of, selected
-from melprobe.model.inference import AnswerScores, greedy_ids, kl_per_clip, score_tokens
+from melprobe.model.inference import greedy_ids, score_tokens
 from melprobe.model.modelling import MelLLMForConditionalGeneration
 from melprobe.model.processor import MelLLMProcessor
 
@@ -119,6 +119,7 @@ class Replay:
         self.inputs = self._inputs(prompts, processor.tokenizer.pad_token_id)
         self.kinds = self._kinds(prompts, processor.audio_token_id)
         self._check_window()
+        self._find_places()
         self.residuals: list[Tensor] = []  # h_0 to h_L
         with ExitStack() as stack:
             for block in self.blocks:
@@ -126,10 +127,12 @@ class Replay:
                 stack.callback(handle.remove)
             logits, self.cache = self._run()
         self.preferred = self._preferred(logits)
-        self.scores = self._scores(logits)
+        self.scores = score_tokens(logits[self.of_references], self.references)
         """Of the intact run."""
-        nothing = torch.zeros_like(self.scores.nll)
-        self.intact = Heard(self.scores.nll, self.scores.tokens, nothing, drafts, seconds)
+        self.chances = self.scores.log_probs.exp()
+        nll, self.entropy = self._likelihood(logits)
+        kl = torch.zeros_like(self.scores.nll)
+        self.intact = Heard(self._per_clip(nll), self.scores.tokens, kl, drafts, seconds)
 
     @torch.no_grad()
     def hear(self, reuse: int = 0) -> Heard:
@@ -152,10 +155,10 @@ class Replay:
         for variant in variants:
             with variant.cut():
                 heard, rest = self._check(variant)
-                if not variant.by_position:
+                if rest and not variant.by_position:
                     self._decode([rest])
             waiting.append(heard)
-            if variant.by_position and rest.answers:
+            if rest and variant.by_position:
                 unfinished.append(rest)
             if sum(rest.bytes() for rest in unfinished) > memory_mb * 1e6 or not unfinished:
                 self._decode(unfinished)
@@ -164,7 +167,7 @@ class Replay:
         self._decode(unfinished)
         yield from waiting
 
-    def _check(self, variant: Variant) -> tuple[Heard, _Open]:
+    def _check(self, variant: Variant) -> tuple[Heard, _Open | None]:
         """One pass: likelihoods, the answers as far as they are drafts, and what is left."""
         start = time.perf_counter()
         with ExitStack() as stack:
@@ -172,17 +175,20 @@ class Replay:
             for block, output in zip(reused, self.residuals[1:], strict=False):
                 stack.enter_context(_giving(block, output))
             logits, cache = self._run()
+        nll, cross = self._likelihood(logits)
+        kl = (cross - self.entropy).clamp(min=0)  # below only by rounding
+        answers = self._answers(logits)
+        seconds = time.perf_counter() - start
+        heard = Heard(self._per_clip(nll), self.scores.tokens, self._per_clip(kl), answers, seconds)
+        rows = [row for row, answer in enumerate(answers) if not self._done(answer)]
+        if not rows:
+            return heard, None
         for layer in range(variant.reuse):
             kept = self.cache.layers[layer]
             cache.update(kept.keys, kept.values, layer)
-        scores, answers = self._scores(logits), self._answers(logits)
-        rows = [row for row, answer in enumerate(answers) if not self._done(answer)]
         where = torch.tensor(rows, dtype=torch.long, device=logits.device)
         cache.batch_select_indices(where)
-        rest = _Open(variant, where, [answers[row] for row in rows], cache)
-        kl = kl_per_clip(self.scores, scores)
-        heard = Heard(scores.nll, scores.tokens, kl, answers, time.perf_counter() - start)
-        return heard, rest
+        return heard, _Open(variant, where, [answers[row] for row in rows], cache)
 
     @property
     def _draft_start(self) -> int:
@@ -247,23 +253,57 @@ class Replay:
             [before, self.inputs["attention_mask"][:, self.n_prompt :] * Kind.ANSWER], 1
         )
 
+    def _find_places(self) -> None:
+        """Where tokens of references and drafts are foretold, and which rows of logits those are.
+
+        The first token of either is foretold by the prompt's last position.
+        """
+        last, (_, n_reference), (_, n_draft) = (
+            self.n_prompt - 1,
+            self.references.shape,
+            self.drafts.shape,
+        )
+        by_reference = torch.arange(last, last + n_reference)
+        by_draft = torch.arange(self._draft_start - 1, self._draft_start - 1 + n_draft)
+        by_draft[:1] = last
+        is_token = self.references != _NOTHING
+        self.asked = torch.zeros_like(self.kinds, dtype=torch.bool)  # (B, S)
+        self.asked[:, by_reference] |= is_token
+        self.asked[:, by_draft] |= self.drafts != _NOTHING
+        row = self.asked.flatten().cumsum(0).view_as(self.asked) - 1
+        self.of_references = row[:, by_reference][is_token]  # (N,)
+        self.of_drafts = row[:, by_draft]  # (B, G); means nothing where a draft has ended
+        self.clip_of = is_token.nonzero()[:, 0]  # (N,)
+
     def _run(self) -> tuple[Tensor, DynamicCache]:
-        """Logits (B, 1 + R + G, V) from the prompt's last position on, and the cache."""
+        """Logits (asked places, V), and the cache; it stays empty where nothing is decoded."""
         cache, width = DynamicCache(), self.kinds.shape[1]
         unread = torch.zeros(width, width, dtype=torch.bool, device=self.kinds.device)
         unread[self._draft_start :, self.n_prompt : self._draft_start] = True
         with hide_keys(self.model, unread[None, None]), kinds_are(self.kinds):
             output = self.model(
                 **self.inputs,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=width - self.n_prompt + 1,
+                past_key_values=cache if self.max_new_tokens else None,
+                use_cache=bool(self.max_new_tokens),
+                logits_to_keep=self.asked,
             )
         return output.logits, cache
 
-    def _scores(self, logits: Tensor) -> AnswerScores:
-        before = logits[:, : self.references.shape[1]]
-        return score_tokens(before[self.references != _NOTHING], self.references)
+    def _likelihood(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """(N,) of each reference token: its NLL, and the cross-entropy from the intact model's
+
+        next-token distribution, nat. KL is the latter less its own value on the intact run: exactly
+        zero where the logits are the same.
+        """
+        scores = logits[self.of_references].float()
+        total = scores.logsumexp(-1)
+        said = self.references[self.references != _NOTHING]
+        nll = total - scores.gather(1, said[:, None])[:, 0]
+        return nll, total - torch.linalg.vecdot(self.chances, scores)
+
+    def _per_clip(self, values: Tensor) -> Tensor:
+        """(B,) sums of values (N,) over each clip's reference."""
+        return torch.zeros_like(self.scores.nll).index_add_(0, self.clip_of, values)
 
     def _answers(self, logits: Tensor) -> list[list[int]]:
         """Greedy answers: the drafts where they hold, else up to and with the first other token."""
@@ -279,9 +319,7 @@ class Replay:
 
     def _preferred(self, logits: Tensor) -> Tensor:
         """(B, G) the most likely token at each place of the draft."""
-        first = self.references.shape[1] + 1
-        before = [logits[:, :1], logits[:, first : first + max(0, self.drafts.shape[1] - 1)]]
-        return torch.cat(before, 1)[:, : self.drafts.shape[1]].argmax(-1)
+        return logits.argmax(-1)[self.of_drafts]
 
     def _decode(self, unfinished: Sequence[_Open]) -> None:
         """Write answers on to their ends, in place, each row under its own variant's cut alone."""

@@ -124,7 +124,7 @@ class MelLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         With labels (ignored where -100, token t stands at position t), logits are computed only
         where a label follows and come as (N, V), rows in reading order: over a large vocabulary
         that saves a fifth of a training step. Without labels they are (B, S, V), or the last
-        `logits_to_keep` positions.
+        `logits_to_keep` positions, or where it is True, a mask (B, S): (N, V) in reading order.
         """
         if labels is not None and use_cache is None:
             use_cache = False
@@ -156,12 +156,14 @@ class MelLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             logits = self.get_output_embeddings()(hidden[labelled])
             loss = F.cross_entropy(logits.float(), targets[labelled])
         else:
-            keep = (
-                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            )
-            # A slice leaves gaps between the rows, and then torch would copy the output weights for
-            # every row: four fifths of the time of a pass that keeps the answer alone.
-            logits = self.get_output_embeddings()(hidden[:, keep].contiguous())
+            if isinstance(logits_to_keep, int):
+                # A slice leaves gaps between the rows, and then torch would copy the output weights
+                # for every row: four fifths of the time of a pass that keeps the answer alone.
+                hidden = hidden[:, -logits_to_keep:].contiguous()
+            else:
+                mask = logits_to_keep.dtype == torch.bool
+                hidden = hidden[logits_to_keep] if mask else hidden[:, logits_to_keep]
+            logits = self.get_output_embeddings()(hidden)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
