@@ -42,6 +42,8 @@ from melprobe.model.processor import MelLLMProcessor
 _NOTHING = -100
 """Stands where a shorter answer has no token."""
 _KV = ("keys", "values")
+_IN_CACHE = 2**19
+"""numbers: over a large vocabulary that is four times as fast as all rows at once"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,11 +297,18 @@ class Replay:
         next-token distribution, nat. KL is the latter less its own value on the intact run: exactly
         zero where the logits are the same.
         """
-        scores = logits[self.of_references].float()
-        total = scores.logsumexp(-1)
         said = self.references[self.references != _NOTHING]
-        nll = total - scores.gather(1, said[:, None])[:, 0]
-        return nll, total - torch.linalg.vecdot(self.chances, scores)
+        rows = len(said) if logits.is_cuda else max(1, _IN_CACHE // logits.shape[1])
+        pieces = zip(
+            *(x.split(rows) for x in (self.of_references, said, self.chances)), strict=True
+        )
+        nll, cross = [], []
+        for places, tokens, chances in pieces:
+            scores = logits[places].float()
+            total = scores.logsumexp(-1)
+            nll.append(total - scores.gather(1, tokens[:, None])[:, 0])
+            cross.append(total - torch.linalg.vecdot(chances, scores))
+        return torch.cat(nll), torch.cat(cross)
 
     def _per_clip(self, values: Tensor) -> Tensor:
         """(B,) sums of values (N,) over each clip's reference."""
