@@ -27,7 +27,7 @@ from melprobe.analysis.findings import (
     describe_data,
     layer_findings,
 )
-from melprobe.analysis.protocol import answer_limit, choose, leave_out_too_long
+from melprobe.analysis.protocol import answer_limit, choose, leave_out_too_long, noisy, of_length
 from melprobe.analysis.question import CutName, Question, asked
 from melprobe.analysis.sweep import LayerStudy, run_layer_study, swap_partners
 from melprobe.audio.load import SAMPLE_RATE, load_usable
@@ -98,6 +98,10 @@ def parser() -> Parser:
     )
     p.add_argument("--checkpoint", default=DEFAULT, help="name under checkpoints/, or a folder")
     p.add_argument("--data", default="builtin/test", help="manifest, or name like queen/test")
+    p.add_argument("--lengths", metavar="A-B", help="only clips that last A to B seconds")
+    p.add_argument(
+        "--noise", type=float, metavar="DB", help="add noise, each of its colour, DB below a clip"
+    )
     p.add_argument("--limit", type=int, default=30, help="number of utterances (0: all)")
     p.add_argument("--seed", type=int, default=0, help="chooses the utterances and resamples them")
     p.add_argument("--device", help="cpu, cuda or cuda:N; the best there is by default")
@@ -123,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "data": file_sha256(manifest),
         "utterances": [u.id for u in study.utterances],
         **question._asdict(),
+        "noise_db": options.noise,
         "seed": options.seed,
         "max_new_tokens": study.max_new_tokens,
         "dtype": str(listener.model.dtype),
@@ -146,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         study,
         chosen,
         checkpoint=describe_checkpoint(checkpoint, listener),
-        data=describe_data(options.data, manifest, study, left_out),
+        data=describe_data(options.data, manifest, study, left_out, options.noise, options.lengths),
         unread=question.unread_block(listener.processor, listener.n_layers, study.waves),
         seed=options.seed,
         words=words,
@@ -166,11 +171,14 @@ def prepare(
     config = read_config(checkpoint)
     n_layers = config.text_config.num_hidden_layers
     sets = question.layer_sets(n_layers, lora_blocks(checkpoint, n_layers))
-    drawn = choose(read_manifest(manifest), options.limit, options.seed)
+    listed = of_length(read_manifest(manifest), options.lengths)
+    drawn = choose(listed, options.limit, options.seed)
     usable, waves, left_out = load_usable(drawn, options.on_bad_audio)
     for place in reversed(question.without_patches(usable, waves, config.frames_per_patch)):
         left_out.append(f"{usable[place].id}: nothing of it stands at {question.positions}")
         del usable[place], waves[place]
+    if options.noise is not None:
+        waves = noisy(waves, options.noise, options.seed)
     listener = load(
         checkpoint,
         device=options.device,
@@ -197,6 +205,8 @@ def default_out(options: Any, question: Question, checkpoint: Path) -> Path:
     """A folder under reports/ that the same command finds again."""
     layers = "" if question.layers == EACH_BLOCK else f"-layers-{question.layers}"
     data = options.data.removesuffix(".jsonl").replace("/", "-").strip("-.")
+    data += f"-{options.lengths}s" if options.lengths else ""
+    data += f"-noise{options.noise:g}dB" if options.noise is not None else ""
     seed = f"-seed{options.seed}" if options.seed else ""
     hidden = f"-from-{question.readers}" if question.readers else ""
     hidden += f"-beyond-{question.beyond:g}" if question.beyond else ""

@@ -12,7 +12,7 @@ import torch
 
 import melprobe
 from melprobe import ablate, evaluate, transcribe
-from melprobe.analysis.protocol import answer_limit
+from melprobe.analysis.protocol import answer_limit, noisy
 from melprobe.analysis.question import Question
 from melprobe.analysis.sweep import swap_partners
 from melprobe.analysis.wer import count_errors
@@ -207,6 +207,9 @@ def test_a_study_says_what_the_model_does_under_the_same_cut(folder, sweep):
         (["--knockout", "--readers", "bos"], "nothing to hide them from"),
         (["--knockout", "--beyond", "1"], "with --positions speech --readers speech"),
         (["--knockout", "--readers", "speech", "--beyond", "-1"], "--beyond -1: give seconds"),
+        (["--skip-layers", "--noise", "nan"], "--noise nan: give decibels"),
+        (["--skip-layers", "--lengths", "2"], "--lengths 2: give seconds from and to"),
+        (["--skip-layers", "--lengths", "7-9"], "no clip lasts so long; they last 0.40 to 0.90"),
         (["--skip-layers", "--by", "mean"], "--by goes with --ablate-attention"),
         (["--ablate-mlp", "--by", "resample", "--positions", "text"], "another clip's answer"),
         (["--knockout", "--positions", "all"], "nothing to hide them from"),
@@ -341,6 +344,22 @@ def test_parts_of_blocks_give_way(folder, option, by, says):
     with lm.ablate([part], "speech", values):
         nll = lm.score(clips, texts).nll
     row = rows[rows.layer == "1"].set_index("utterance").loc[[u.id for u in utterances]]
+    assert row.nll.tolist() == pytest.approx(nll.tolist(), rel=1e-4)
+
+
+def test_a_profile_can_be_taken_in_noise_and_at_a_length(folder):
+    run = folder / "noise"
+    words = ["--skip-layers", "1", "--noise", "5", "--lengths", "0.5-0.8", "--out", str(run)]
+    ablate.main(arguments(folder, *words))
+    found, rows = results(run), pd.read_parquet(run / "rows.parquet")
+    chosen = [u for u in read_manifest(folder / "data.jsonl") if 0.5 <= u.duration <= 0.8]
+    assert 1 < found["n_utterances"] == len(chosen) < N
+    assert found["data"]["name"].endswith("0.5-0.8 s, noise at 5 dB")
+    assert "5 dB below each clip" in (run / "report.html").read_text()
+    clips = noisy([load_utterance(u) for u in chosen], 5.0, 0)
+    lm = melprobe.load(folder / "model", device="cpu", dtype=torch.float32)
+    nll = lm.score(clips, [u.text for u in chosen]).nll
+    row = rows[rows.condition == "intact"].set_index("utterance").loc[[u.id for u in chosen]]
     assert row.nll.tolist() == pytest.approx(nll.tolist(), rel=1e-4)
 
 

@@ -116,7 +116,12 @@ def targets_after(folder: Path) -> list[int]:
 
 
 def describe_data(
-    name: str, manifest: Path, study: LayerStudy, left_out: list[str]
+    name: str,
+    manifest: Path,
+    study: LayerStudy,
+    left_out: list[str],
+    noise_db: float | None,
+    lengths: str | None,
 ) -> dict[str, Any]:
     n = len(study.utterances)
     speakers = {u.speaker for u in study.utterances if u.speaker}
@@ -126,12 +131,22 @@ def describe_data(
         scope = f"{len(speakers) or 'unnamed'} speakers: too few to speak of speakers in general"
     else:
         scope = f"{len(speakers)} speakers, resampled whole: it speaks of speakers like these"
+    note = f"{n} utterances of {scope}."
+    if lengths:
+        name += f", {lengths} s"
+        note += f" Only clips of {lengths} s were taken."
+    if noise_db is not None:
+        name += f", noise at {noise_db:g} dB"
+        note += (
+            f" Noise of a random colour, from white to brown, was added {noise_db:g} dB below each "
+            "clip, in all conditions."
+        )
     return {
         "name": name,
         "n_utterances": n,
         "n_speakers": len(speakers),
         "seconds": round(sum(map(len, study.waves)) / SAMPLE_RATE, 2),
         "sha256": file_sha256(manifest),
-        "note": f"{n} utterances of {scope}.",
+        "note": note,
         "left_out": left_out,
     }

@@ -1,9 +1,11 @@
 """What every measurement of a model has in common: which clips, answers how long."""
 
+import math
 from typing import Literal
 
 import numpy as np
 
+from melprobe.audio.augment import add_noise
 from melprobe.audio.load import SAMPLE_RATE, BadAudio
 from melprobe.corpus.manifest import Utterance
 from melprobe.corpus.text import plain_text
@@ -21,6 +23,33 @@ def choose(utterances: list[Utterance], limit: int, seed: int) -> list[Utterance
         return utterances
     places = np.random.default_rng(seed).choice(len(utterances), limit, replace=False)
     return [utterances[i] for i in sorted(places)]
+
+
+def of_length(utterances: list[Utterance], lengths: str | None) -> list[Utterance]:
+    """Those that last from A to B seconds; `lengths` is `A-B`, or None for all."""
+    if lengths is None:
+        return utterances
+    try:
+        shortest, longest = map(float, lengths.split("-"))
+    except ValueError:
+        shortest = longest = math.nan
+    if not 0 <= shortest < longest:
+        raise UsageError(f"--lengths {lengths}: give seconds from and to, such as 1-2.5")
+    if found := [u for u in utterances if shortest <= u.duration <= longest]:
+        return found
+    durations = [u.duration for u in utterances]
+    raise UsageError(
+        f"--lengths {lengths}: no clip lasts so long; they last {min(durations):.2f} to "
+        f"{max(durations):.2f} s"
+    )
+
+
+def noisy(waves: list[np.ndarray], snr_db: float, seed: int) -> list[np.ndarray]:
+    """The waves with noise `snr_db` below each, of a random colour; the same for the same seed."""
+    if not math.isfinite(snr_db):
+        raise UsageError(f"--noise {snr_db}: give decibels, such as 10")
+    rng = np.random.default_rng([seed, 1])
+    return [add_noise(wave, snr_db, rng) for wave in waves]
 
 
 def answer_limit(listener: Listener, utterances: list[Utterance]) -> int:
