@@ -42,7 +42,6 @@ from melprobe.model.checkpoint import (
     read_config,
     weights_file,
 )
-from melprobe.report import reading
 from melprobe.report.examples import chosen_utterances, clip_path
 from melprobe.report.html import render
 from melprobe.report.reading import EACH_BLOCK
@@ -142,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 study = chosen.study
                 progress.update(bar, total=chosen.n_tried, completed=chosen.n_tried)
             rows_due = len(study.utterances) * (2 + len(study.layer_sets))
-            bar = progress.add_task(reading.CUTS[question.cut].ing, total=rows_due)
+            bar = progress.add_task("cutting", total=rows_due)
             run_layer_study(listener, study, store, partial(progress.advance, bar))
         store.export_parquet(out / "rows.parquet")
         rows = store.frame()

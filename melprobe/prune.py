@@ -7,6 +7,8 @@ this costs more than skipping them at the speech positions alone.
 
 import json
 import math
+import shutil
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers.utils.logging import disable_progress_bar
 
+from melprobe.analysis.findings import targets_after
 from melprobe.analysis.protocol import choose, leave_out_too_long
 from melprobe.analysis.statistics import Bootstrap
 from melprobe.audio.load import load_usable
@@ -50,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     usable, waves, left_out = load_usable(drawn, options.on_bad_audio)
     listener = load(folder, device=options.device, dtype=DTYPES.get(options.dtype))
     gone = parse_layers(options.layers, listener.n_layers)
-    check_droppable(listener.model, gone)
+    kept = check_droppable(listener.model, gone)
     left_out += leave_out_too_long(listener, usable, waves, options.on_bad_audio)
     transcriber = own(listener, usable)  # the same limit for both
     measured, errors = [], []
@@ -60,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if blocks:
                 drop_blocks(listener.model, blocks)
             transcriber(waves[:1])  # the first pass is slower than the others
+            if listener.model.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(listener.model.device)
             batched = Batched(transcriber, 80.0, lambda n: progress.advance(bar, n))
             rows = make_rows(usable, waves, *batched(waves))
             scores = score(rows, [u.speaker for u in usable], options.seed)
@@ -75,18 +80,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         "checkpoint": options.checkpoint,
         "data": options.data,
         "blocks_taken_out": format_layers(gone),
+        # A report on the model must still say where its training told it to listen.
+        "targets_after": sorted(
+            {max(0, bisect_right(kept, block) - 1) for block in targets_after(folder)}
+        ),
         "before": measured[0],
         "after": measured[1],
         "delta_wer": paired.value,
         "delta_wer_ci": [paired.low, paired.high] if math.isfinite(paired.high) else None,
         "left_out": left_out,
     }
+    if (folder / "data.json").exists():
+        shutil.copy(folder / "data.json", options.out)
     (options.out / "prune.json").write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(found, indent=2))
 
 
 def size(listener: Listener) -> dict[str, Any]:
-    """Blocks, weights, and what has been allocated on a GPU at most since this was last asked."""
+    """Blocks, weights, and what was allocated on a GPU at most while listening."""
     model = listener.model
     found: dict[str, Any] = {
         "blocks": len(decoder_blocks(model)),
@@ -94,7 +105,6 @@ def size(listener: Listener) -> dict[str, Any]:
     }
     if model.device.type == "cuda":
         found["peak_mb"] = round(torch.cuda.max_memory_allocated(model.device) / 1e6)
-        torch.cuda.reset_peak_memory_stats(model.device)
     return found
 
 

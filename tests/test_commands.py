@@ -207,6 +207,12 @@ def test_a_study_says_what_the_model_does_under_the_same_cut(folder, sweep):
         (["--knockout", "--readers", "bos"], "nothing to hide them from"),
         (["--knockout", "--beyond", "1"], "with --positions speech --readers speech"),
         (["--knockout", "--readers", "speech", "--beyond", "-1"], "--beyond -1: give seconds"),
+        (["--knockout", "--readers", "speech", "--beyond", "nan"], "--beyond nan: give seconds"),
+        (["--knockout", "--readers", "speech", "--beyond", "9"], "no clip has patches so far"),
+        (
+            ["--knockout", "--positions", "speech:0.5-1", "--readers", "speech:0-0.5"],
+            "nothing to hide them from",
+        ),
         (["--skip-layers", "--noise", "nan"], "--noise nan: give decibels"),
         (["--skip-layers", "--lengths", "2"], "--lengths 2: give seconds from and to"),
         (["--skip-layers", "--lengths", "7-9"], "no clip lasts so long; they last 0.40 to 0.90"),
@@ -370,8 +376,11 @@ def test_speech_can_be_hidden_from_speech_that_sounds_later(folder):
     found, rows = results(run), pd.read_parquet(run / "rows.parquet")
     assert found["question"]["readers"] == "speech" and found["question"]["beyond"] == 0.5
     assert (rows[rows.condition == "knock-out"].kl > 0).any()
+    *others, last = found["layers"]  # what it changes there is read by nobody
+    assert last["kl"] == 0 and last["zero_by_construction"]
+    assert not any(layer["zero_by_construction"] for layer in others)
     page = (run / "report.html").read_text()
-    assert "as read from speech positions more than 0.5 s later" in page
+    assert "(as read from speech positions more than 0.5 s later)" in page
 
 
 def test_clips_too_short_for_the_seconds_asked_about_are_left_out_and_listed(folder):

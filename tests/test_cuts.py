@@ -90,6 +90,17 @@ def test_positions_can_be_hidden_from_some_readers_only(lm, clips, positions, re
     assert not torch.allclose(found, plain, atol=1e-4)
 
 
+@pytest.mark.parametrize("patches", [1, 3, 5])
+def test_beyond_leaves_what_is_exactly_so_far(lm, clips, patches):
+    """Whatever float32 makes of the difference of two times."""
+    inputs = lm.processor(clips, TEXTS)
+    found = []
+    for beyond in (0.08 * patches, 0.08 * patches + 0.03):
+        with lm.knock_out({1}, "speech", "speech", beyond):
+            found.append(lm.model(**inputs).logits)
+    assert torch.equal(*found)
+
+
 def test_speech_hidden_from_text_is_hidden_from_all_others(lm, clips):
     """What stands before it can't read it."""
     with lm.knock_out({1, 2}):

@@ -80,6 +80,7 @@ def test_sets_are_chosen_on_clips_that_are_not_reported(tmp_path, layers, n_sets
     rows = pd.read_parquet(tmp_path / "run" / "rows.parquet")
     assert found["choice"]["n_utterances"] == found["n_utterances"] == 8
     assert len(set(rows.utterance)) == 8
+    assert found["choice"]["not_offered"] == [9]
     sets = [parse_layers(str(layer["layer"]), 10) for layer in found["layers"]]
     assert n_sets[0] <= len(sets) <= n_sets[1]
     ways = [way for layer in found["layers"] for way in layer["picked_by"]]

@@ -1,12 +1,14 @@
 """Blocks that are gone: the model without them, and the command that makes it."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 import melprobe
 from melprobe import evaluate, prune
+from melprobe.analysis.findings import targets_after
 from melprobe.errors import UsageError
 from melprobe.hooks.layers import decoder_blocks
 from melprobe.model.prune import drop_blocks
@@ -24,6 +26,13 @@ def test_a_model_without_blocks_is_one_that_skips_them_everywhere(lm, clips, lay
     assert pruned.transcribe(clips, 12) == heard
     with pruned.skip({0}):  # hooks find their way on it
         assert not torch.equal(log_probs(pruned, clips), expected)
+
+
+def test_lists_with_an_entry_for_each_block_lose_theirs(lm):
+    pruned = tiny_listener()
+    pruned.model.config.text_config.no_rope_layers = [1, 0, 1, 0]
+    drop_blocks(pruned.model, {1})
+    assert pruned.model.config.text_config.no_rope_layers == [1, 1, 0]
 
 
 def command(folder, out, *words):
@@ -52,6 +61,7 @@ def test_the_command_writes_a_model_and_what_it_cost(folder, tmp_path, capsys):
     assert after["weights_mb"] < before["weights_mb"] and after["utterances"] == N_CLIPS
     assert found["delta_wer"] == pytest.approx(after["wer"] - before["wer"])
 
+    assert (tmp_path / "small" / "data.json").exists() and found["targets_after"] == []
     whole = melprobe.load(folder / "model", device="cpu", dtype=torch.float32)
     small = melprobe.load(tmp_path / "small", device="cpu", dtype=torch.float32)
     assert len(decoder_blocks(small.model)) == N_LAYERS - 2
@@ -62,6 +72,14 @@ def test_the_command_writes_a_model_and_what_it_cost(folder, tmp_path, capsys):
         [str(folder / "data.jsonl"), "--checkpoint", str(tmp_path / "small"), "--device", "cpu"]
     )
     assert json.loads(capsys.readouterr().out)["utterances"] == N_CLIPS
+
+
+def test_a_pruned_model_still_says_where_it_was_told_to_listen(tmp_path):
+    words = Path(__file__).parent / "data" / "words.jsonl"
+    place = ["--checkpoint", "mel-mini", "--data", str(words), "--device", "cpu"]
+    prune.main([*place, "--limit", "2", "--layers", "1,6", "--out", str(tmp_path / "small")])
+    # Blocks 4 and 6 of ten; 1 and 6 are gone, so 4 is third and 5 takes the place of 6.
+    assert targets_after(tmp_path / "small") == [3, 4]
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,16 @@ def test_a_sliding_window_that_the_batch_would_not_fit_is_refused(lm, clips, mon
         Replay(lm.model, lm.processor, clips, TEXTS, LIMIT)
 
 
+def test_a_sliding_window_must_hold_what_is_decoded_behind_the_draft_too(lm, clips, monkeypatch):
+    width = Replay(lm.model, lm.processor, clips, TEXTS, LIMIT).kinds.shape[1]
+    config = lm.model.get_decoder().config
+    monkeypatch.setattr(config, "sliding_window", width + LIMIT, raising=False)
+    Replay(lm.model, lm.processor, clips, TEXTS, LIMIT)
+    monkeypatch.setattr(config, "sliding_window", width + LIMIT - 1)
+    with pytest.raises(UsageError, match="sliding window"):
+        Replay(lm.model, lm.processor, clips, TEXTS, LIMIT)
+
+
 def test_nothing_is_left_behind(lm, replay):
     replay.hear(2)
     for block in decoder_blocks(lm.model):

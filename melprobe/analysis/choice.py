@@ -35,6 +35,8 @@ class Chosen(NamedTuple):
     """that chose"""
     n_tried: int
     """sets"""
+    free: list[int]
+    """blocks that were not to be chosen, since cutting them costs nothing by construction"""
 
 
 def choose_sets(
@@ -42,16 +44,20 @@ def choose_sets(
 ) -> Chosen:
     """Choose the sets that the study's question asks for, out of the blocks in its `layer_sets`.
 
+    But for a block that costs nothing by construction: it would be the first choice of all.
+
     Damages that were computed are kept in `store`, so that a stopped choice goes on; `advance(n)`
     hears of n sets done.
     """
-    blocks = [block for layers in study.layer_sets for block in layers]
+    free = study.question.unread_block(listener.processor, listener.n_layers, study.waves)
+    offered = [block for layers in study.layer_sets for block in layers]
+    blocks = [block for block in offered if str(block) != free]
     deciding, reported = halves(len(study.utterances))
     trials = Trials(listener, study.of(deciding), store, advance)
     if study.question.layers == "greedy":
         ways = {found: ["greedy"] for found in greedy(trials, blocks)}
     else:
-        n = study.question.picks(len(blocks))
+        n = study.question.picks(len(offered))
         found = {
             "greedy": beam_search(trials, blocks, n, width=1),
             "beam search": beam_search(trials, blocks, n, BEAM),
@@ -64,6 +70,7 @@ def choose_sets(
         {format_layers(blocks): by for blocks, by in ways.items()},
         len(deciding),
         len(store.tried()),
+        sorted(set(offered) - set(blocks)),
     )
 
 

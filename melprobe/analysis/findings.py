@@ -54,7 +54,12 @@ def layer_findings(
         "question": question._asdict(),
         "checkpoint": checkpoint,
         "data": data,
-        "choice": chosen and {"n_utterances": chosen.n_clips, "sets_tried": chosen.n_tried},
+        "choice": chosen
+        and {
+            "n_utterances": chosen.n_clips,
+            "sets_tried": chosen.n_tried,
+            "not_offered": chosen.free,
+        },
         "n_utterances": n,
         **scores,
         **provenance(seed=seed, command=command),
@@ -105,7 +110,10 @@ def describe_checkpoint(folder: Path, listener: Listener) -> dict[str, Any]:
 
 def targets_after(folder: Path) -> list[int]:
     """Blocks that training gave targets of their own, by all recipes that lie with a checkpoint."""
-    blocks: set[int] = set()
+    pruned = folder / "prune.json"
+    blocks: set[int] = set(
+        json.loads(pruned.read_text())["targets_after"] if pruned.exists() else ()
+    )
     for path in folder.glob("recipe*.json"):
         recipe = json.loads(path.read_text())
         if frames := recipe.get("frames"):

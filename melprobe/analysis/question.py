@@ -3,13 +3,14 @@
 Everything that can be refused is refused here, before a model has run.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from melprobe.audio.mel import frame_count
-from melprobe.audio.patches import patch_count
+from melprobe.audio.patches import patch_count, patch_rate
 from melprobe.corpus.manifest import Utterance
 from melprobe.errors import UsageError
 from melprobe.hooks.layers import parse_layers
@@ -90,6 +91,10 @@ class Question(NamedTuple):
         order += [*[Kind.PROMPT] * bool(processor.after), Kind.ANSWER, Kind.ANSWER]
         there = set(parse_positions(self.positions).kinds)
         readers = set(parse_positions(self.readers).kinds) if self.readers else set(Kind) - there
+        if self.readers and there == readers == {Kind.SPEECH}:
+            hidden, reads = parse_positions(self.positions).seconds, parse_positions(self.readers)
+            if hidden and reads.seconds and reads.seconds[1] <= hidden[0]:
+                return False
         return any(kind in there and readers & set(order[i + 1 :]) for i, kind in enumerate(order))
 
     def unread_block(
@@ -97,19 +102,23 @@ class Question(NamedTuple):
     ) -> str | None:
         """The block whose cut costs nothing by construction: the last, whose output nobody reads.
 
-        None where an answer token is read off one of the positions, and for cuts of reading.
+        None where an answer token is read off one of the positions that the cut changes: those
+        that it is made at, or the readers of a knock-out.
         """
-        selection = parse_positions(self.positions)
+        changed = self.readers if self.cut == "knock-out" else self.positions
+        if not changed or self.cut in {"bypass", "without-lora"}:
+            return None
+        selection = parse_positions(changed)
         before_answer = Kind.PROMPT if processor.after else Kind.SPEECH
         read = bool({before_answer, Kind.ANSWER} & set(selection.kinds))
         if selection.seconds and before_answer is Kind.SPEECH:
             rate = processor.frames_per_patch
             read = any(
-                patch_count(frame_count(len(wave)), rate) - 1 in self._patches(wave, rate)
+                patch_count(frame_count(len(wave)), rate) - 1
+                in _patches(selection.seconds, wave, rate)
                 for wave in waves
             )
-        writes = self.cut in {"skip", *PARTS}
-        return str(n_layers - 1) if writes and not read else None
+        return None if read else str(n_layers - 1)
 
     def without_patches(
         self, utterances: Sequence[Utterance], waves: Sequence[np.ndarray], frames_per_patch: int
@@ -118,9 +127,18 @@ class Question(NamedTuple):
 
         UsageError when that is all of them.
         """
-        if parse_positions(self.positions).seconds is None:
+        if self.beyond and len(waves):
+            patches = max(patch_count(frame_count(len(w)), frames_per_patch) for w in waves)
+            if (patches - 1) / patch_rate(frames_per_patch) <= self.beyond + 1e-4:
+                raise UsageError(
+                    f"--beyond {self.beyond:g}: no clip has patches so far apart; the longest "
+                    f"lasts {max(u.duration for u in utterances):.2f} s"
+                )
+        seconds = parse_positions(self.positions).seconds
+        if seconds is None:
             return []
-        silent = [i for i, wave in enumerate(waves) if not self._patches(wave, frames_per_patch)]
+        rate = frames_per_patch
+        silent = [i for i, wave in enumerate(waves) if not _patches(seconds, wave, rate)]
         if len(silent) == len(waves):
             longest = max(u.duration for u in utterances)
             raise UsageError(
@@ -128,11 +146,6 @@ class Question(NamedTuple):
                 f"longest clip lasts {longest:.2f} s"
             )
         return silent
-
-    def _patches(self, wave: np.ndarray, frames_per_patch: int) -> list[int]:
-        seconds = parse_positions(self.positions).seconds
-        n = patch_count(frame_count(len(wave)), frames_per_patch)
-        return patches_between(*seconds, n, frames_per_patch) if seconds else list(range(n))
 
 
 def asked(options: Any, cuts: dict[str, CutName]) -> Question:
@@ -162,11 +175,15 @@ def asked(options: Any, cuts: dict[str, CutName]) -> Question:
         )
     question = Question(cut, positions, layers, options.readers or "", options.beyond, by)
     speech = question.positions == question.readers == "speech"
-    if question.beyond < 0 or (question.beyond and not speech):
+    if not 0 <= question.beyond < math.inf or (question.beyond and not speech):
         raise UsageError(
             f"--beyond {question.beyond:g}: give seconds, with --positions speech --readers speech"
         )
     return question
+
+
+def _patches(seconds: tuple[float, float], wave: np.ndarray, rate: int) -> list[int]:
+    return patches_between(*seconds, patch_count(frame_count(len(wave)), rate), rate)
 
 
 def _layer_sets(text: str, n_layers: int) -> list[list[int]]:

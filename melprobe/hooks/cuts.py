@@ -73,7 +73,8 @@ def knock_out(
         queries = keys[-asking.shape[1] :, None]
         if beyond:
             when = tracker.middles_so_far()
-            hidden &= (when[:, queries] - when[:, None, :] > beyond)[:, None]
+            apart = when[:, queries] - when[:, None, :]  # multiples of a patch, but for rounding
+            hidden &= (apart > beyond + 1e-4)[:, None]
         return hidden & (queries != keys)
 
     with ExitStack() as stack:

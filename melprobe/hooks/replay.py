@@ -221,9 +221,13 @@ class Replay:
         return ids[: ends[0] + 1] if ends else ids
 
     def _check_window(self) -> None:
-        """A sliding window counts columns, and the draft stands a reference behind its prompt."""
+        """A sliding window counts columns, and the draft stands a reference behind its prompt.
+
+        What is decoded behind a draft needs columns of its own.
+        """
         config: Any = self.model.get_decoder().config
         window, width = getattr(config, "sliding_window", None), self.kinds.shape[1]
+        width += self.max_new_tokens
         kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
         if window and window < width and "sliding_attention" in kinds:
             raise UsageError(
@@ -396,11 +400,13 @@ def _giving(block: nn.Module, output: Tensor) -> Iterator[None]:
 
 
 def _joined(caches: Sequence[DynamicCache]) -> DynamicCache:
-    """The rows of all of them, in order."""
+    """The rows of all of them, in order; uses them up."""
     cache = DynamicCache()
     for number, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
         keys, values = (torch.cat([getattr(layer, name) for layer in layers]) for name in _KV)
         cache.update(keys, values, number)
+        for layer in layers:  # its rows are in the joined one now
+            layer.keys = layer.values = None
     return cache
 
 

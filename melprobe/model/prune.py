@@ -25,8 +25,9 @@ def drop_blocks(model: MelLLMForConditionalGeneration, layers: Iterable[int]) ->
                 module.layer_idx = place
     for config in _distinct(model.config.text_config, decoder.config):
         config.num_hidden_layers = len(kept)
-        if types := getattr(config, "layer_types", None):
-            config.layer_types = [types[place] for place in kept]
+        for name, values in list(config.to_dict().items()):  # layer_types, no_rope_layers, ...
+            if "layer" in name and isinstance(values, list) and len(values) == len(blocks):
+                setattr(config, name, [values[place] for place in kept])
 
 
 def check_droppable(model: MelLLMForConditionalGeneration, layers: Iterable[int]) -> list[int]:

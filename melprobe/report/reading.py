@@ -43,15 +43,6 @@ CUTS = {
         "knock out", "knocking out", "knocked out", "No single block’s reading is needed {}"
     ),
     "bypass": Cut("bypass", "bypassing", "bypassed", "No single block is needed {}"),
-    "no-attention": Cut(
-        "no attention in",
-        "ablating attention in",
-        "run {} attention",
-        "No single block’s attention is needed {{}}",
-    ),
-    "no-mlp": Cut(
-        "no MLP in", "ablating the MLP of", "run {} MLP", "No single block’s MLP is needed {{}}"
-    ),
     "without-lora": Cut(
         "no LoRA in",
         "switching LoRA off in",
@@ -61,15 +52,35 @@ CUTS = {
 }
 
 
-BY = {"zero": "without", "mean": "on mean", "resample": "on another clip’s"}
+PARTS = {"no-attention": "attention", "no-mlp": "MLP"}
+# Of a part, which takes the place of {0}.
+BY = {
+    "zero": Cut(
+        "no {0} in",
+        "leaving out the {0} of",
+        "run without {0}",
+        "No single block’s {0} is needed {{}}",
+    ),
+    "mean": Cut(
+        "mean {0} in",
+        "putting its mean in place of the {0} of",
+        "run on mean {0}",
+        "No single block’s {0} is needed {{}} beyond its mean",
+    ),
+    "resample": Cut(
+        "another clip’s {0} in",
+        "putting another clip’s in place of the {0} of",
+        "run on another clip’s {0}",
+        "No single block’s {0} is needed {{}} as it is for this clip",
+    ),
+}
 
 
 def cut(results: Results) -> Cut:
-    found, by = CUTS[results["question"]["cut"]], results["question"]["by"]
-    if not by:
-        return found
-    verb = found.verb if by == "zero" else found.verb.replace("no", by, 1)
-    return Cut(verb, found.ing, found.done.format(BY[by]), found.spared.format())
+    question = results["question"]
+    if part := PARTS.get(question["cut"]):
+        return Cut(*(text.format(part) for text in BY[question["by"]]))
+    return CUTS[question["cut"]]
 
 
 def outcome(layer: Layer, margin: float) -> Outcome:
@@ -256,17 +267,16 @@ def _sentence(text: str) -> str:
 
 
 def place(results: Results) -> str:
-    """ "at speech positions" """
+    """ "at speech positions", and whom they are hidden from"""
     asked = results["question"]
-    where = f"at {_positions(asked['positions'])}"
+    where = f"at {places(asked['positions'])}"
     if asked["readers"]:
-        where += f" as read from {_positions(asked['readers'])}"
-    if asked["beyond"]:
-        where += f" more than {asked['beyond']:g} s later"
+        later = f" more than {asked['beyond']:g} s later" if asked["beyond"] else ""
+        where += f" (as read from {places(asked['readers'])}{later})"
     return where
 
 
-def _positions(positions: str) -> str:
+def places(positions: str) -> str:
     """ "speech positions from 0.5 to 1.2 s" """
     name, _, times = positions.partition(":")
     return f"{name} positions" + (f" from {times.replace('-', ' to ')} s" if times else "")

@@ -64,6 +64,8 @@ class Choice(TypedDict):
     n_utterances: int
     """that were spent on the choice; the others are reported"""
     sets_tried: int
+    not_offered: list[int]
+    """blocks that cost nothing by construction"""
 
 
 class Baseline(TypedDict):

@@ -78,7 +78,8 @@ def question(results: Results) -> str:
         what = f"{who} are {done} together" if who.startswith("blocks") else f"{who} is {done}"
     effect = EFFECTS[results["question"]["cut"]].format(INSTEAD[results["question"]["by"]])
     if readers := results["question"]["readers"]:
-        effect = effect.replace("nothing that stands elsewhere reads", f"{readers} doesn’t read")
+        who = f"{reading.places(readers)} don’t read"
+        effect = effect.replace("nothing that stands elsewhere reads", who)
     if beyond := results["question"]["beyond"]:
         effect = effect.replace("it there", f"it there more than {beyond:g} s later")
     return (
@@ -135,11 +136,12 @@ def errors(results: Results) -> Caption:
 
 def similarity(results: Results) -> Caption:
     least = min(results["layers"], key=lambda layer: layer["block_influence"] or 0.0)
+    where = reading.places(results["question"]["positions"])
     return Caption(
         "Would similarity have told?",
         "Two scores that need no cutting, each against the measured damage: block influence "
         "(1 − the mean cosine between what enters and what leaves the block) and angular distance "
-        f"(the same angle in half turns), both {place(results)} of the intact model. Only the "
+        f"(the same angle in half turns), both at {where} of the intact model. Only the "
         "measured damage is evidence. The four most damaging blocks are numbered "
         f"(n = {sample(results)}).",
         "Two scatter plots of damage against block influence and against angular distance, one "
