@@ -48,6 +48,11 @@ class LayerStudy:
     means: Mapping[Part, Tensor] = field(default_factory=dict)
     """of parts that are replaced by them; see `with_means`"""
 
+    @property
+    def parts(self) -> set[Part]:
+        """All parts that it replaces."""
+        return {part for layers in self.layer_sets for part in self.question.parts(layers)}
+
     def batches(self, processor: MelLLMProcessor) -> list[list[int]]:
         """Clips of like length together, with room for prompt, reference and draft."""
         lengths = [
@@ -105,8 +110,7 @@ def with_means(listener: Listener, study: LayerStudy) -> LayerStudy:
     question = study.question
     if question.by != "mean" or study.means:
         return study
-    parts = [part for layers in study.layer_sets for part in question.parts(layers)]
-    with watch_means(listener.model, parts, question.positions) as means:
+    with watch_means(listener.model, study.parts, question.positions) as means:
         for places in study.batches(listener.processor):
             texts = [study.utterances[i].text for i in places]
             listener.score([study.waves[i] for i in places], texts)
@@ -175,10 +179,8 @@ class StudyBatch:
     def _of_partners(self) -> dict[Part, list[Tensor]]:
         """What all parts contribute to the partners' clips."""
         question, model = self.study.question, self.listener.model
-        sets = self.study.layer_sets
-        parts = [part for layers in sets for part in question.parts(layers)]
         inputs = self.listener.processor(self._swapped_waves).to(model.device)
-        with torch.no_grad(), watch_parts(model, parts, question.positions) as seen:
+        with torch.no_grad(), watch_parts(model, self.study.parts, question.positions) as seen:
             model(**inputs, logits_to_keep=1)
         return seen
 

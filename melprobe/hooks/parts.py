@@ -11,7 +11,7 @@ normalise it once more (Gemma 2 and 3).
 Shapes: B batch, S sequence positions, D the width of a part's contribution.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -58,20 +58,14 @@ def ablate(
     for none of the later steps; zero for parts that aren't there. Contexts nest. Raises UsageError
     for a part or positions that the model doesn't have.
     """
-    parse_positions(positions)
-    chosen = _check(model, parts)
 
-    def replace(part: Part, contribution: Tensor) -> Tensor:
+    def replace(part: Part, contribution: Tensor, where: Tensor) -> Tensor:
         value = contribution.new_zeros(()) if values is None else values.get(part, torch.zeros(()))
-        where = tracker.selected(positions)[..., None]
         if value.dim() == 3 and not where.any():
             return contribution  # a decoding step, which has no such positions
-        return torch.where(where, value.to(contribution), contribution)
+        return torch.where(where[..., None], value.to(contribution), contribution)
 
-    with ExitStack() as stack:
-        tracker = stack.enter_context(PositionTracker.watching(model))
-        for part in chosen:
-            stack.enter_context(_changing(model, part, replace))
+    with _changing_all(model, parts, positions, replace):
         yield
 
 
@@ -100,17 +94,13 @@ def watch_means(
     model: MelLLMForConditionalGeneration, parts: Iterable[Part], positions: str = "speech"
 ) -> Iterator[Means]:
     """Average what these parts contribute at these positions, over whatever runs inside."""
-    parse_positions(positions)
-    chosen, means = _check(model, parts), Means()
+    means = Means()
 
-    def note(part: Part, contribution: Tensor) -> Tensor:
-        means.add(part, contribution[tracker.selected(positions)])
+    def note(part: Part, contribution: Tensor, where: Tensor) -> Tensor:
+        means.add(part, contribution[where])
         return contribution
 
-    with ExitStack() as stack:
-        tracker = stack.enter_context(PositionTracker.watching(model))
-        for part in chosen:
-            stack.enter_context(_changing(model, part, note))
+    with _changing_all(model, parts, positions, note):
         yield means
 
 
@@ -119,18 +109,13 @@ def watch_parts(
     model: MelLLMForConditionalGeneration, parts: Iterable[Part], positions: str = "speech"
 ) -> Iterator[dict[Part, list[Tensor]]]:
     """What these parts contribute there in the last pass inside: (N, D) of each clip."""
-    parse_positions(positions)
-    chosen, seen = _check(model, parts), dict[Part, list[Tensor]]()
+    seen: dict[Part, list[Tensor]] = {}
 
-    def note(part: Part, contribution: Tensor) -> Tensor:
-        where = tracker.selected(positions)
+    def note(part: Part, contribution: Tensor, where: Tensor) -> Tensor:
         seen[part] = [row[there] for row, there in zip(contribution, where, strict=True)]
         return contribution
 
-    with ExitStack() as stack:
-        tracker = stack.enter_context(PositionTracker.watching(model))
-        for part in chosen:
-            stack.enter_context(_changing(model, part, note))
+    with _changing_all(model, parts, positions, note):
         yield seen
 
 
@@ -148,6 +133,30 @@ def in_place(contributions: Sequence[Tensor], where: Tensor) -> Tensor:
         given = row[places] if len(row) else row.new_zeros(len(there), row.shape[1])
         values.append(given * there[:, None])
     return torch.stack(values)
+
+
+@contextmanager
+def _changing_all(
+    model: MelLLMForConditionalGeneration,
+    parts: Iterable[Part],
+    positions: str,
+    change: Callable[[Part, Tensor, Tensor], Tensor],
+) -> Iterator[None]:
+    """Put `change(part, contribution, where)` in the place of the parts' contributions (B, S, D).
+
+    where: (B, S) bool, the chosen positions of the running pass.
+    """
+    parse_positions(positions)
+    chosen = _check(model, parts)
+
+    def there(part: Part, contribution: Tensor) -> Tensor:
+        return change(part, contribution, tracker.selected(positions))
+
+    with ExitStack() as stack:
+        tracker = stack.enter_context(PositionTracker.watching(model))
+        for part in chosen:
+            stack.enter_context(_changing(model, part, there))
+        yield
 
 
 @contextmanager

@@ -264,13 +264,9 @@ class Replay:
 
         The first token of either is foretold by the prompt's last position.
         """
-        last, (_, n_reference), (_, n_draft) = (
-            self.n_prompt - 1,
-            self.references.shape,
-            self.drafts.shape,
-        )
-        by_reference = torch.arange(last, last + n_reference)
-        by_draft = torch.arange(self._draft_start - 1, self._draft_start - 1 + n_draft)
+        last = self.n_prompt - 1
+        by_reference = torch.arange(last, last + self.references.shape[1])
+        by_draft = torch.arange(self.drafts.shape[1]) + self._draft_start - 1
         by_draft[:1] = last
         is_token = self.references != _NOTHING
         self.asked = torch.zeros_like(self.kinds, dtype=torch.bool)  # (B, S)
