@@ -25,7 +25,7 @@ from melprobe.errors import UsageError
 from melprobe.model import checkpoint
 from melprobe.training.data import BatchOrder, load_corpora
 from melprobe.training.loop import learning_rate_scale
-from melprobe.training.recipe import Corpus, Optim, read_recipe
+from melprobe.training.recipe import Corpus, Data, Optim, SpeechRecipe, Stage, read_recipe
 from melprobe.training.speech import mel_statistics
 from tests.tiny import WORDS, tiny_config, tiny_listener, waves
 
@@ -68,14 +68,14 @@ def workshop(tmp_path_factory):
             "stages": [
                 {"steps": 2, "max_seconds": 0.8, "learn": "phones"},
                 {"steps": 2, "max_seconds": 0.8, "learn": "tokens"},
-                {"steps": STEPS - 4},
+                {"steps": STEPS - 4, "lr": 2e-3},
             ],
             "batch_seconds": 3,
             "workers": 0,
         },
         "frames": {"phones_after": 0, "tokens_after": 2},
         "augment": {"speed": [0.9, 1.1], "noise_probability": 0.5, "time_masks": 1},
-        "optim": {"warmup": 2, "accumulate": 2},
+        "optim": {"warmup": 2, "accumulate": 2, "muon": True},
         "log_every": 1,
         "evaluate_every": STEPS,
         "save_minutes": 0,
@@ -185,12 +185,25 @@ def test_a_training_text_like_a_dev_text_is_left_out(workshop, tmp_path):
         load_corpora(leaky)
 
 
+def staged(*stages, **optim):
+    data = Data(train=(Corpus(manifest="x"),), dev=("y",), stages=stages)
+    return SpeechRecipe(out=Path("z"), data=data, optim=Optim(lr=1e-3, warmup=10, **optim))
+
+
 def test_the_learning_rate_warms_up_and_decays():
-    optim = Optim(warmup=10, schedule="linear")
-    scales = [learning_rate_scale(step, 110, optim) for step in range(110)]
+    recipe = staged(Stage(steps=60), Stage(steps=50), schedule="linear")
+    scales = [learning_rate_scale(step, recipe) for step in range(110)]
     assert scales[0] == 0.1 and scales[9] == 1.0 and scales[60] == pytest.approx(0.5)
     assert min(scales) == pytest.approx(0.01)
-    assert learning_rate_scale(60, 110, Optim(warmup=10)) == pytest.approx(0.5)
+    assert learning_rate_scale(60, staged(Stage(steps=110))) == pytest.approx(0.5)
+
+
+def test_a_stage_with_a_rate_begins_a_schedule():
+    recipe = staged(Stage(steps=60), Stage(steps=50, lr=2e-3), Stage(steps=60), schedule="linear")
+    scales = [learning_rate_scale(step, recipe) for step in range(170)]
+    assert scales[35] == pytest.approx(0.5) and scales[59] == pytest.approx(0.02)
+    assert scales[60] == pytest.approx(0.2) and scales[69] == pytest.approx(2.0)
+    assert scales[120] == pytest.approx(1.0)  # half way through the last two stages
 
 
 @pytest.mark.parametrize(

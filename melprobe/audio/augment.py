@@ -6,6 +6,7 @@ Every function draws from the generator it is given, so a step's batch can be ma
 import numpy as np
 import soxr
 import torch
+from scipy.fft import irfft, next_fast_len, rfft
 from torch import Tensor
 from transformers.audio_utils import hertz_to_mel, mel_to_hertz
 
@@ -21,9 +22,10 @@ def change_speed(wave: np.ndarray, factor: float) -> np.ndarray:
 
 def add_noise(wave: np.ndarray, snr_db: float, rng: np.random.Generator) -> np.ndarray:
     """Add noise of a random colour, from white to brown, at `snr_db` below the clip's power."""
-    spectrum = np.fft.rfft(rng.standard_normal(len(wave)).astype(np.float32))
-    spectrum[1:] /= np.arange(1, len(spectrum)) ** rng.uniform(0.0, 1.0)
-    noise = np.fft.irfft(spectrum, len(wave)).astype(np.float32)
+    size = next_fast_len(len(wave), real=True)  # a prime length takes ten times as long
+    spectrum = rfft(rng.standard_normal(size, dtype=np.float32))
+    spectrum[1:] /= np.arange(1, len(spectrum), dtype=np.float32) ** rng.uniform(0.0, 1.0)
+    noise = irfft(spectrum, size)[: len(wave)]
     power = float(np.mean(wave**2)) / max(float(np.mean(noise**2)), 1e-12)
     return wave + noise * np.sqrt(power / 10 ** (snr_db / 10)).astype(np.float32)
 

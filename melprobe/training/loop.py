@@ -43,13 +43,15 @@ class Task(Protocol):
         """Write a checkpoint that can be used, and the log of its training."""
 
 
-def learning_rate_scale(step: int, steps: int, optim: Optim) -> float:
-    """Linear warm-up, then cosine or linear decay to a hundredth."""
+def learning_rate_scale(step: int, recipe: Recipe) -> float:
+    """Of `optim.lr`: linear warm-up, then cosine or linear decay to a hundredth."""
+    first, steps, height = recipe.schedule_at(step)
+    optim, step = recipe.optim, step - first
     if step < optim.warmup:
-        return (step + 1) / optim.warmup
+        return height * (step + 1) / optim.warmup
     progress = (step - optim.warmup) / max(1, steps - optim.warmup)
     decay = (1 + math.cos(math.pi * progress)) / 2 if optim.schedule == "cosine" else 1 - progress
-    return max(decay, 0.01)
+    return height * max(decay, 0.01)
 
 
 def fit(task: Task, recipe: Recipe) -> list[dict[str, Any]]:
@@ -62,30 +64,31 @@ def fit(task: Task, recipe: Recipe) -> list[dict[str, Any]]:
     task.model.to(accelerator.device)
     task.heads.to(accelerator.device)
     trainable = trainable_parameters(task)
-    optimizer = make_optimizer(trainable, recipe.optim, fused=accelerator.device.type == "cuda")
+    optimizers = make_optimizers(trainable, recipe.optim)
     if accelerator.num_processes > 1:
         raise UsageError("training runs in one process; start it with python, not with torchrun")
-    state = State(recipe.out / "state", trainable, optimizer)
+    state = State(recipe.out / "state", trainable, optimizers)
     if accelerator.device.type == "cpu":
         # The backward pass of the fused attention kernel takes 4x as long on short sequences.
         task.model.set_attn_implementation("eager")
     if recipe.compile:
         for block in task.model.get_decoder().layers:  # one block's code serves them all
-            if not block._forward_pre_hooks:  # hooks run outside of compiled code
-                block.compile(dynamic=True)
-    model, optimizer = accelerator.prepare(task.model, optimizer)
-    base_rates = [group["lr"] for group in optimizer.param_groups]
+            # Not `block.compile`, which would take the hooks that listen there along.
+            block.forward = torch.compile(block.forward, dynamic=True)
+    model, *optimizers = accelerator.prepare(task.model, *optimizers)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    rates = [group["lr"] for group in groups]
     writer = SummaryWriter(recipe.out / "tensorboard", purge_step=state.step)
     clock, saved = time.monotonic() - state.seconds, time.monotonic()
     model.train()
     with _progress() as progress:
         bar = progress.add_task(recipe.out.name, total=recipe.steps, completed=state.step, note="")
         for step, batch in task.batches(state.step):
-            scale = learning_rate_scale(step, recipe.steps, recipe.optim)
-            for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
+            scale = learning_rate_scale(step, recipe)
+            for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate * scale
             torch.manual_seed(recipe.seed + step)  # dropout, where the base has any
-            losses = _update(accelerator, task, model, optimizer, batch, step, recipe.optim.clip)
+            losses = _update(accelerator, task, model, optimizers, batch, step, recipe.optim.clip)
             _check_finite(losses["train_loss"], recipe, step)
             state.running.append(losses)
             state.step, state.seconds = step + 1, time.monotonic() - clock
@@ -121,7 +124,7 @@ def _update(
     accelerator: Accelerator,
     task: Task,
     model: nn.Module,
-    optimizer: Any,
+    optimizers: list[Any],
     batch: Any,
     step: int,
     clip: float,
@@ -132,10 +135,11 @@ def _update(
             losses = task.losses(model, on_device, step)
         accelerator.backward(losses["train_loss"])
         if accelerator.sync_gradients:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            accelerator.clip_grad_norm_(parameters, clip)
-        optimizer.step()
-        optimizer.zero_grad()
+            groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+            accelerator.clip_grad_norm_([p for group in groups for p in group["params"]], clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
     return {name: loss.item() for name, loss in losses.items()}
 
 
@@ -167,22 +171,41 @@ def trainable_parameters(task: Task) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in named if parameter.requires_grad}
 
 
-def make_optimizer(
-    trainable: Mapping[str, nn.Parameter], optim: Optim, *, fused: bool
-) -> torch.optim.AdamW:
-    """AdamW; the audio front may have its own learning rate."""
-    front = [p for name, p in trainable.items() if name.startswith("audio_front.")]
-    rest = [p for name, p in trainable.items() if not name.startswith("audio_front.")]
+def make_optimizers(
+    trainable: Mapping[str, nn.Parameter], optim: Optim
+) -> list[torch.optim.Optimizer]:
+    """AdamW, in which the audio front may have its own learning rate, and Muon if asked for."""
+    front, rest, matrices = [], [], []
+    for name, parameter in trainable.items():
+        if name.startswith("audio_front."):
+            front.append(parameter)
+        elif optim.muon and _is_inner_matrix(name, parameter):
+            matrices.append(parameter)
+        else:
+            rest.append(parameter)
     groups = [
         {"params": front, "lr": optim.front_lr or optim.lr},
         {"params": rest, "lr": optim.lr},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        betas=optim.betas,
-        weight_decay=optim.weight_decay,
-        fused=fused,
-    )
+    optimizers: list[torch.optim.Optimizer] = []
+    if groups := [group for group in groups if group["params"]]:
+        decay = optim.weight_decay
+        adamw = torch.optim.AdamW(groups, betas=optim.betas, weight_decay=decay, fused=True)
+        optimizers.append(adamw)
+    if matrices:
+        muon = torch.optim.Muon(
+            matrices,
+            lr=optim.lr,
+            weight_decay=optim.weight_decay,
+            adjust_lr_fn="match_rms_adamw",  # so that `lr` means the same in both
+        )
+        optimizers.append(muon)
+    return optimizers
+
+
+def _is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Muon is for matrices between hidden states (Jordan 2024): blocks', not the embeddings."""
+    return parameter.dim() == 2 and ".layers." in name
 
 
 def _progress() -> Progress:

@@ -6,7 +6,7 @@ Any field can be overridden on the command line (`--optim.lr 3e-4`).
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import yaml
 from peft import LoraConfig
@@ -84,6 +84,9 @@ class Stage(_Strict):
     learn: Literal["text", "tokens", "phones"] = "text"
     """`phones`: their framewise targets alone, and no block above `frames.phones_after`; `tokens`:
     those of tokens as well, up to `frames.tokens_after`. Both need clips with word times."""
+    lr: Annotated[float, Field(gt=0)] | None = None
+    """In place of `optim.lr`, with a warm-up and a decay of its own: a stage that comes when the
+    rate has run out cannot learn anything new. Stages without it share the schedule before them."""
 
 
 class Data(_Strict):
@@ -157,6 +160,8 @@ class Optim(_Strict):
     betas: tuple[_Beta, _Beta] = (0.9, 0.98)
     clip: Annotated[float, Field(gt=0)] = 1.0
     accumulate: Annotated[int, Field(ge=1)] = 1
+    muon: bool = False
+    """Muon (Jordan 2024) instead of AdamW for the matrices in the decoder's blocks, LoRA's too."""
 
 
 class _Run(_Strict):
@@ -172,6 +177,20 @@ class _Run(_Strict):
     """How often the state to resume from is written."""
 
 
+class Schedule(NamedTuple):
+    """One rise and fall of the learning rate."""
+
+    first: int
+    """The step it begins at."""
+    steps: int
+    height: float
+    """Its highest rate, over `optim.lr`."""
+
+    @property
+    def end(self) -> int:
+        return self.first + self.steps
+
+
 class SpeechRecipe(_Run):
     """Train a Mel-LLM to transcribe."""
 
@@ -185,6 +204,19 @@ class SpeechRecipe(_Run):
     @property
     def steps(self) -> int:
         return sum(stage.steps for stage in self.data.stages)
+
+    def schedule_at(self, step: int) -> Schedule:
+        """The learning rate's schedule that batch number `step` belongs to."""
+        schedules: list[Schedule] = []
+        for stage in self.data.stages:
+            if stage.lr or not schedules:
+                first = schedules[-1].end if schedules else 0
+                height = (stage.lr or self.optim.lr) / self.optim.lr
+                schedules.append(Schedule(first, stage.steps, height))
+            else:
+                last = schedules[-1]
+                schedules[-1] = last._replace(steps=last.steps + stage.steps)
+        return next((s for s in schedules if step < s.end), schedules[-1])
 
     @model_validator(mode="after")
     def _whole_updates(self) -> Self:
@@ -226,6 +258,10 @@ class TextRecipe(_Run):
     batch_tokens: Annotated[int, Field(ge=1)] = 4096
     copy_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of examples that repeat a text: the circuit that transcribing will use."""
+
+    def schedule_at(self, step: int) -> Schedule:
+        """One for the whole run."""
+        return Schedule(0, self.steps, 1.0)
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:

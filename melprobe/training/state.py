@@ -47,11 +47,11 @@ class State:
         self,
         folder: Path,
         trainable: Mapping[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
+        optimizers: list[torch.optim.Optimizer],
     ):
         self.folder = folder
         self.named = trainable
-        self.optimizer = optimizer
+        self.optimizers = optimizers
         self.step, self.seconds, self.best = 0, 0.0, float("inf")
         self.running: list[dict[str, float]] = []
         """Losses and their parts since the last line of the log."""
@@ -83,23 +83,25 @@ class State:
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.named.items():
             tensors[name] = parameter.detach()
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"{name}@{key}"] = value
+            for optimizer in self.optimizers:
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    tensors[f"{name}@{key}"] = value
         return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
     @torch.no_grad()
     def _load(self) -> None:
         for name, value in json.loads((self.folder / "state.json").read_text()).items():
             setattr(self, name, value)
-        fused = self.optimizer.defaults["fused"]
+        owner = {
+            parameter: optimizer
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
         for name, tensor in load_file(self.folder / "state.safetensors").items():
             parameter_name, _, key = name.partition("@")
             parameter = self.named[parameter_name]
             if key:
-                # The step count lives on the CPU, unless the fused kernel reads it on the GPU.
-                on_cpu = key == "step" and not fused
-                self.optimizer.state[parameter][key] = (
-                    tensor if on_cpu else tensor.to(parameter.device)
-                )
+                owner[parameter].state[parameter][key] = tensor.to(parameter.device)
             else:
                 parameter.copy_(tensor)
