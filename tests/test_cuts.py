@@ -5,6 +5,7 @@ import torch
 
 from melprobe.audio.patches import patch_middle
 from melprobe.errors import UsageError
+from melprobe.hooks.anatomy import anatomy
 from melprobe.hooks.layers import decoder_blocks
 from melprobe.hooks.positions import Kind, position_kinds, selected
 from tests.tiny import N_LAYERS, TEXTS, tiny_listener
@@ -25,8 +26,8 @@ def cut_by_hand(lm, inputs, layer, positions, *, process, readers=None, beyond=0
     kinds = position_kinds(
         inputs["input_ids"], lm.processor.audio_token_id, inputs["attention_mask"], inputs["labels"]
     )
-    cut = selected(kinds, positions, 8)
-    reads = ~cut if readers is None else selected(kinds, readers, 8)
+    cut = selected(kinds, positions, anatomy(lm.model))
+    reads = ~cut if readers is None else selected(kinds, readers, anatomy(lm.model))
     rows, width = cut.shape
     first = [row.index(Kind.SPEECH) for row in kinds.tolist()]
     allowed = torch.zeros(rows, 1, width, width, dtype=torch.bool)
@@ -212,7 +213,7 @@ def test_times_choose_the_patches_that_sound_then(lm, clips):
         inputs["input_ids"], lm.processor.audio_token_id, inputs["attention_mask"]
     )
     speech, early, late = (
-        selected(kinds, positions, 8)
+        selected(kinds, positions, anatomy(lm.model))
         for positions in ("speech", "speech:0-0.4", "speech:0.4-1000000")
     )
     assert torch.equal(early | late, speech) and not (early & late).any()

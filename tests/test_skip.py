@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from melprobe.hooks.anatomy import anatomy
 from melprobe.hooks.layers import decoder_blocks
 from melprobe.hooks.positions import position_kinds, selected
 from tests.tiny import N_LAYERS, TEXTS, log_probs, without_layer
@@ -38,7 +39,7 @@ def test_a_skip_changes_the_positions_of_its_kind_and_no_others(lm, clips, posit
     kinds = position_kinds(
         inputs["input_ids"], lm.processor.audio_token_id, inputs["attention_mask"], inputs["labels"]
     )
-    where, plain = selected(kinds, positions, 8), log_probs(lm, clips)
+    where, plain = selected(kinds, positions, anatomy(lm.model)), log_probs(lm, clips)
     before, after = first_block(lm, inputs)
     with lm.skip({0}, positions):
         skipped = first_block(lm, inputs)
@@ -150,7 +151,7 @@ def test_a_skipped_position_is_still_read_through_its_unchanged_input(lm, clips)
     kinds = position_kinds(
         inputs["input_ids"], lm.processor.audio_token_id, inputs["attention_mask"], inputs["labels"]
     )
-    speech = selected(kinds, "speech", 8)[..., None]
+    speech = selected(kinds, "speech", anatomy(lm.model))[..., None]
     grabbed = {}
 
     def grab(module, args, kwargs):
@@ -176,7 +177,7 @@ def test_skip_equals_nnsights_to_zero(lm, clips):
     kinds = position_kinds(
         inputs["input_ids"], lm.processor.audio_token_id, inputs["attention_mask"], inputs["labels"]
     )
-    speech = selected(kinds, "speech", 8)[..., None]
+    speech = selected(kinds, "speech", anatomy(lm.model))[..., None]
     other = nnsight.NNsight(copy.deepcopy(lm.model))
     with other.trace(**inputs):
         block = other.language_model.model.layers[1]
@@ -196,7 +197,7 @@ def test_skip_equals_transformer_lens(lm, clips):
     kinds = position_kinds(
         inputs["input_ids"], lm.processor.audio_token_id, inputs["attention_mask"], inputs["labels"]
     )
-    speech = selected(kinds, "speech", 8)[..., None]
+    speech = selected(kinds, "speech", anatomy(lm.model))[..., None]
     other = copy.deepcopy(lm.model)
     bridge = build_bridge_from_module(
         other.language_model,

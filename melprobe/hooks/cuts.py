@@ -24,18 +24,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from melprobe.errors import UsageError
 from melprobe.hooks.layers import check_layers, decoder_blocks
 from melprobe.hooks.positions import Kind, PositionTracker, parse_positions
-from melprobe.model.modelling import MelLLMForConditionalGeneration
 
 # Attention that takes a mask with a row for each query; flash attention does not.
 _MASKED_ATTENTION = {"sdpa", "eager"}
 
 
 def skip(
-    model: MelLLMForConditionalGeneration, layers: Iterable[int], positions: str = "speech"
+    model: PreTrainedModel, layers: Iterable[int], positions: str = "speech"
 ) -> AbstractContextManager[None]:
     """Skip these blocks at these positions: not processed, still read. See `cut`."""
     return cut(model, layers, positions, process=False, read=True)
@@ -43,7 +43,7 @@ def skip(
 
 @contextmanager
 def knock_out(
-    model: MelLLMForConditionalGeneration,
+    model: PreTrainedModel,
     layers: Iterable[int],
     positions: str = "speech",
     readers: str | None = None,
@@ -78,14 +78,14 @@ def knock_out(
         return hidden & (queries != keys)
 
     with ExitStack() as stack:
-        tracker = stack.enter_context(PositionTracker.watching(model))
+        tracker = stack.enter_context(PositionTracker.watching(model, positions, readers))
         for layer in chosen:
             stack.callback(_hide(blocks[layer], unread).remove)
         yield
 
 
 def bypass(
-    model: MelLLMForConditionalGeneration, layers: Iterable[int], positions: str = "speech"
+    model: PreTrainedModel, layers: Iterable[int], positions: str = "speech"
 ) -> AbstractContextManager[None]:
     """Lead these positions around these blocks: neither processed nor read. See `cut`."""
     return cut(model, layers, positions, process=False, read=False)
@@ -93,7 +93,7 @@ def bypass(
 
 @contextmanager
 def cut(
-    model: MelLLMForConditionalGeneration,
+    model: PreTrainedModel,
     layers: Iterable[int],
     positions: str = "speech",
     *,
@@ -107,13 +107,12 @@ def cut(
     """
     blocks = decoder_blocks(model)
     chosen = check_layers(layers, len(blocks))
-    parse_positions(positions)
     if not read:
         _check_attention(model)
 
     def keep_input(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         before, after = residuals(args, kwargs, output)
-        where = tracker.selected(positions)[..., None]
+        where = _last(tracker.selected(positions), before)[..., None]
         return _with_residual(output, torch.where(where, before, after))
 
     def unread() -> Tensor:
@@ -121,7 +120,7 @@ def cut(
         return there[:, None, None, :] & ~asking[:, None, :, None]  # (B, 1, S, K)
 
     with ExitStack() as stack:
-        tracker = stack.enter_context(PositionTracker.watching(model))
+        tracker = stack.enter_context(PositionTracker.watching(model, positions))
         for layer in chosen:
             if not process:
                 handle = blocks[layer].register_forward_hook(
@@ -149,28 +148,25 @@ class BlockChange:
 
 
 @contextmanager
-def watch_blocks(
-    model: MelLLMForConditionalGeneration, positions: str = "speech"
-) -> Iterator[BlockChange]:
+def watch_blocks(model: PreTrainedModel, positions: str = "speech") -> Iterator[BlockChange]:
     """Measure block influence 1 − cos (ShortGPT, 2403.03853) and angular distance (2403.17887).
 
     Clips with no such position give NaN.
     """
     blocks = decoder_blocks(model)
-    parse_positions(positions)
     change = BlockChange(len(blocks))
 
     def measure(layer: int) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             before, after = residuals(args, kwargs, output)
-            cosine, angle = turn(before, after, tracker.selected(positions))
+            cosine, angle = turn(before, after, _last(tracker.selected(positions), before))
             change.cosine[layer].append(cosine)
             change.angle[layer].append(angle)
 
         return hook
 
     with ExitStack() as stack:
-        tracker = stack.enter_context(PositionTracker.watching(model))
+        tracker = stack.enter_context(PositionTracker.watching(model, positions))
         for layer, block in enumerate(blocks):
             handle = block.register_forward_hook(measure(layer), with_kwargs=True)
             stack.callback(handle.remove)
@@ -185,7 +181,7 @@ def turn(before: Tensor, after: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def hide_keys(model: MelLLMForConditionalGeneration, unread: Tensor) -> Iterator[None]:
+def hide_keys(model: PreTrainedModel, unread: Tensor) -> Iterator[None]:
     """Hide from attention in every block; `unread` (B or 1, 1, S, K) is True where hidden."""
     _check_attention(model)
     with ExitStack() as stack:
@@ -198,12 +194,14 @@ def _hide(block: nn.Module, unread: Callable[[], Tensor]) -> RemovableHandle:
     """From now on hide from the block's attention what is `unread()` (B or 1, 1, S, K)."""
 
     def hide(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return args, kwargs | {"attention_mask": _hidden(kwargs.get("attention_mask"), unread())}
+        queries = (args[0] if args else kwargs["hidden_states"]).shape[1]
+        hidden = _hidden(kwargs.get("attention_mask"), unread()[..., -queries:, :])
+        return args, kwargs | {"attention_mask": hidden}
 
     return block.register_forward_pre_hook(hide, with_kwargs=True, prepend=True)
 
 
-def _check_attention(model: MelLLMForConditionalGeneration) -> None:
+def _check_attention(model: PreTrainedModel) -> None:
     decoder: Any = model.get_decoder()
     if (attention := decoder.config._attn_implementation) not in _MASKED_ATTENTION:
         raise UsageError(
@@ -216,6 +214,11 @@ def residuals(args: Any, kwargs: Any, output: Any) -> tuple[Tensor, Tensor]:
     """h_l and h_{l+1}; blocks return a tensor or a tuple that begins with one."""
     before = args[0] if args else kwargs["hidden_states"]
     return before, output[0] if isinstance(output, tuple) else output
+
+
+def _last(where: Tensor, residual: Tensor) -> Tensor:
+    """Of (B, S) the columns that a block computes: Gemma's upper blocks may do only the last."""
+    return where[:, -residual.shape[1] :]
 
 
 def _with_residual(output: Any, residual: Tensor) -> Any:

@@ -17,11 +17,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from melprobe.errors import UsageError
 from melprobe.hooks.layers import check_layers, decoder_blocks
-from melprobe.hooks.positions import PositionTracker, parse_positions
-from melprobe.model.modelling import MelLLMForConditionalGeneration
+from melprobe.hooks.positions import PositionTracker
 
 PartName = Literal["attention", "mlp", "head"]
 
@@ -35,7 +35,7 @@ class Part(NamedTuple):
 
 
 def parts_of(
-    model: MelLLMForConditionalGeneration, name: PartName, layers: Iterable[int] | None = None
+    model: PreTrainedModel, name: PartName, layers: Iterable[int] | None = None
 ) -> list[Part]:
     """All parts of that name in these blocks (in all of them when not given)."""
     blocks = decoder_blocks(model)
@@ -47,7 +47,7 @@ def parts_of(
 
 @contextmanager
 def ablate(
-    model: MelLLMForConditionalGeneration,
+    model: PreTrainedModel,
     parts: Iterable[Part],
     positions: str = "speech",
     values: Mapping[Part, Tensor] | None = None,
@@ -91,7 +91,7 @@ class Means:
 
 @contextmanager
 def watch_means(
-    model: MelLLMForConditionalGeneration, parts: Iterable[Part], positions: str = "speech"
+    model: PreTrainedModel, parts: Iterable[Part], positions: str = "speech"
 ) -> Iterator[Means]:
     """Average what these parts contribute at these positions, over whatever runs inside."""
     means = Means()
@@ -106,7 +106,7 @@ def watch_means(
 
 @contextmanager
 def watch_parts(
-    model: MelLLMForConditionalGeneration, parts: Iterable[Part], positions: str = "speech"
+    model: PreTrainedModel, parts: Iterable[Part], positions: str = "speech"
 ) -> Iterator[dict[Part, list[Tensor]]]:
     """What these parts contribute there in the last pass inside: (N, D) of each clip."""
     seen: dict[Part, list[Tensor]] = {}
@@ -137,7 +137,7 @@ def in_place(contributions: Sequence[Tensor], where: Tensor) -> Tensor:
 
 @contextmanager
 def _changing_all(
-    model: MelLLMForConditionalGeneration,
+    model: PreTrainedModel,
     parts: Iterable[Part],
     positions: str,
     change: Callable[[Part, Tensor, Tensor], Tensor],
@@ -146,21 +146,21 @@ def _changing_all(
 
     where: (B, S) bool, the chosen positions of the running pass.
     """
-    parse_positions(positions)
     chosen = _check(model, parts)
 
     def there(part: Part, contribution: Tensor) -> Tensor:
-        return change(part, contribution, tracker.selected(positions))
+        where = tracker.selected(positions)[:, -contribution.shape[1] :]
+        return change(part, contribution, where)
 
     with ExitStack() as stack:
-        tracker = stack.enter_context(PositionTracker.watching(model))
+        tracker = stack.enter_context(PositionTracker.watching(model, positions))
         for part in chosen:
             stack.enter_context(_changing(model, part, there))
         yield
 
 
 @contextmanager
-def _changing(model: MelLLMForConditionalGeneration, part: Part, change: Any) -> Iterator[None]:
+def _changing(model: PreTrainedModel, part: Part, change: Any) -> Iterator[None]:
     """Put `change(part, contribution)` in the place of a part's contribution (B, S, D)."""
     block: Any = decoder_blocks(model)[part.layer]
 
@@ -185,7 +185,7 @@ def _changing(model: MelLLMForConditionalGeneration, part: Part, change: Any) ->
         handle.remove()
 
 
-def _check(model: MelLLMForConditionalGeneration, parts: Iterable[Part]) -> list[Part]:
+def _check(model: PreTrainedModel, parts: Iterable[Part]) -> list[Part]:
     chosen, blocks = sorted(set(parts), key=str), decoder_blocks(model)
     check_layers((part.layer for part in chosen), len(blocks))
     n_heads = _n_heads(model)
@@ -203,6 +203,6 @@ def _check(model: MelLLMForConditionalGeneration, parts: Iterable[Part]) -> list
     return chosen
 
 
-def _n_heads(model: MelLLMForConditionalGeneration) -> int:
+def _n_heads(model: PreTrainedModel) -> int:
     decoder: Any = model.get_decoder()
     return int(decoder.config.num_attention_heads)

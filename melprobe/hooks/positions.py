@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from melprobe.audio.patches import patch_middle
 from melprobe.errors import UsageError
-from melprobe.model.modelling import MelLLMForConditionalGeneration
+from melprobe.hooks.anatomy import Anatomy, anatomy
 
 
 class Kind(IntEnum):
@@ -74,7 +75,7 @@ def parse_positions(positions: str) -> Selection:
 
 def position_kinds(
     input_ids: Tensor,
-    audio_token_id: int,
+    audio_token_id: int | None,
     attention_mask: Tensor | None = None,
     labels: Tensor | None = None,
 ) -> Tensor:
@@ -85,7 +86,8 @@ def position_kinds(
     a static cache, (B, 1, S, room), which says what the last position may attend to.
     """
     kinds = torch.full_like(input_ids, Kind.PROMPT)
-    kinds[input_ids == audio_token_id] = Kind.SPEECH
+    if audio_token_id is not None:
+        kinds[input_ids == audio_token_id] = Kind.SPEECH
     if labels is not None:
         kinds[labels != -100] = Kind.ANSWER
     if attention_mask is None:
@@ -106,20 +108,20 @@ def patches_between(start: float, stop: float, n_patches: int, frames_per_patch:
     return [patch for patch, middle in enumerate(middles) if start <= middle < stop]
 
 
-def selected(kinds: Tensor, positions: str, frames_per_patch: int) -> Tensor:
+def selected(kinds: Tensor, positions: str, speech: Anatomy) -> Tensor:
     """(B, S) bool: the positions that are meant, of the kinds (B, S) of whole sequences."""
     selection = parse_positions(positions)
     chosen = torch.isin(kinds, torch.tensor(selection.kinds, device=kinds.device))
     if selection.seconds is None:
         return chosen
-    middle = _middles(kinds, frames_per_patch)
+    middle = _middles(kinds, speech)
     start, stop = selection.seconds
     return chosen & (start <= middle) & (middle < stop)
 
 
-def _middles(kinds: Tensor, frames_per_patch: int) -> Tensor:
+def _middles(kinds: Tensor, speech: Anatomy) -> Tensor:
     """(B, S) when each patch sounds, seconds; means nothing at other positions."""
-    return patch_middle((kinds == Kind.SPEECH).cumsum(1) - 1, frames_per_patch)
+    return speech.middle((kinds == Kind.SPEECH).cumsum(1) - 1)
 
 
 _TOLD: ContextVar[Tensor | None] = ContextVar("kinds that a caller spelled out", default=None)
@@ -167,9 +169,8 @@ class PositionTracker:
     and again, and nothing in it tells the answer from the prompt.
     """
 
-    def __init__(self, model: MelLLMForConditionalGeneration):
-        self.audio_token_id = model.config.audio_token_id
-        self.frames_per_patch = model.config.frames_per_patch
+    def __init__(self, model: PreTrainedModel):
+        self.speech = anatomy(model)
         self.only = _ROWS.get()
         self._kinds_so_far: Tensor | None = None
         self._past = 0
@@ -197,18 +198,30 @@ class PositionTracker:
                 f"positions {positions!r}: without a cache, prompt and answer can't be told apart; "
                 "drop use_cache=False, give labels, or take positions 'text'"
             )
-        where = selected(self.kinds_so_far, positions, self.frames_per_patch)
+        where = selected(self.kinds_so_far, positions, self.speech)
         return where if self.only is None else where & self.only.rows[:, None]
 
     def middles_so_far(self) -> Tensor:
         """(B, K) when each patch sounds, seconds; means nothing at other positions."""
-        return _middles(self.kinds_so_far, self.frames_per_patch)
+        return _middles(self.kinds_so_far, self.speech)
 
     @classmethod
     @contextmanager
-    def watching(cls, model: MelLLMForConditionalGeneration) -> Iterator["PositionTracker"]:
-        """Follow the forward passes of `model` while the block lasts."""
+    def watching(cls, model: PreTrainedModel, *positions: str) -> Iterator["PositionTracker"]:
+        """Follow the forward passes of `model` while the block lasts.
+
+        UsageError for `positions` that there are not, or that this model doesn't have.
+        """
         self = cls(model)
+        for wanted in positions:
+            if (
+                parse_positions(wanted).kinds == (Kind.SPEECH,)
+                and self.speech.audio_token_id is None
+            ):
+                raise UsageError(
+                    f"positions {wanted!r}: {type(model).__name__} hears nothing; it has prompt, "
+                    "answer, text, bos and all"
+                )
         handle = model.register_forward_pre_hook(self._note, with_kwargs=True, prepend=True)
         try:
             yield self
@@ -239,5 +252,5 @@ class PositionTracker:
         labels = kwargs.get("labels")
         self._answer_is_marked = labels is not None or kwargs.get("use_cache") is not False
         self._kinds_so_far = position_kinds(
-            input_ids, self.audio_token_id, kwargs.get("attention_mask"), labels
+            input_ids, self.speech.audio_token_id, kwargs.get("attention_mask"), labels
         )

@@ -32,6 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, DynamicCache
 
 from melprobe.errors import UsageError
+from melprobe.hooks.anatomy import anatomy
 from melprobe.hooks.cuts import hide_keys, residuals, turn
 from melprobe.hooks.layers import decoder_blocks
 from melprobe.hooks.positions import Kind, kinds_are, position_kinds, rows_of, selected
@@ -107,6 +108,7 @@ class Replay:
         self.model = model
         self.max_new_tokens = max_new_tokens
         self.blocks = decoder_blocks(model)
+        self.speech = anatomy(model)
         self.end_ids = _end_ids(model)
         prompts = processor(waves).to(model.device)
         start = time.perf_counter()
@@ -119,7 +121,7 @@ class Replay:
         self.drafts = _padded(drafts, model.device)
         self.n_prompt = prompts["input_ids"].shape[1]
         self.inputs = self._inputs(prompts, processor.tokenizer.pad_token_id)
-        self.kinds = self._kinds(prompts, processor.audio_token_id)
+        self.kinds = self._kinds(prompts)
         self._check_window()
         self._find_places()
         self.residuals: list[Tensor] = []  # h_0 to h_L
@@ -198,7 +200,7 @@ class Replay:
 
     def where(self, positions: str) -> Tensor:
         """(B, S) bool: these positions."""
-        return selected(self.kinds, positions, self.model.config.frames_per_patch)
+        return selected(self.kinds, positions, self.speech)
 
     def block_change(self, positions: str, span: int = 1) -> list[tuple[Tensor, Tensor]]:
         """(B,) mean cosine and angle / π by which each block of the intact model turns the residual
@@ -242,7 +244,7 @@ class Replay:
         length = present.sum(1, keepdim=True)
         counts = [torch.arange(part.shape[1]) for part in (self.references, self.drafts)]
         # No audio stands in an answer, even where a model writes its placeholder.
-        ids = answers.masked_fill(answers == self.model.config.audio_token_id, 0)
+        ids = answers.masked_fill(answers == self.speech.audio_token_id, 0)
         ids = ids.masked_fill(answers == _NOTHING, pad)
         return {
             **prompts,
@@ -253,8 +255,9 @@ class Replay:
             ),
         }
 
-    def _kinds(self, prompts: BatchFeature, audio_token_id: int) -> Tensor:
-        before = position_kinds(prompts["input_ids"], audio_token_id, prompts["attention_mask"])
+    def _kinds(self, prompts: BatchFeature) -> Tensor:
+        ids, speech = prompts["input_ids"], self.speech.audio_token_id
+        before = position_kinds(ids, speech, prompts["attention_mask"])
         return torch.cat(
             [before, self.inputs["attention_mask"][:, self.n_prompt :] * Kind.ANSWER], 1
         )
