@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from melprobe.listener import Listener, load
+    from melprobe.listener import Listener, load, load_model
 
 __version__ = "0.1.0"
-__all__ = ["Listener", "load"]
+__all__ = ["Listener", "load", "load_model"]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,12 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from melprobe.analysis.choice import choose_sets, halves
-from melprobe.analysis.findings import (
-    checkpoint_name,
-    describe_checkpoint,
-    describe_data,
-    layer_findings,
-)
+from melprobe.analysis.findings import describe_data, layer_findings
 from melprobe.analysis.protocol import answer_limit, choose, leave_out_too_long, noisy, of_length
 from melprobe.analysis.question import CutName, Question, asked
 from melprobe.analysis.sweep import LayerStudy, run_layer_study, swap_partners
@@ -34,18 +29,13 @@ from melprobe.audio.load import SAMPLE_RATE, load_usable
 from melprobe.corpus.manifest import find_manifest, read_manifest
 from melprobe.errors import Parser, check_writable, run
 from melprobe.hooks.positions import POSITIONS
-from melprobe.listener import DTYPES, Listener, load
-from melprobe.model.checkpoint import (
-    DEFAULT,
-    find_checkpoint,
-    lora_blocks,
-    read_config,
-    weights_file,
-)
+from melprobe.listener import DTYPES, Listener
+from melprobe.model.checkpoint import DEFAULT
 from melprobe.report.examples import chosen_utterances, clip_path
 from melprobe.report.html import render
 from melprobe.report.reading import EACH_BLOCK
 from melprobe.store import RowStore
+from melprobe.subject import Subject, find_subject
 from melprobe.wheels import file_sha256
 
 CUTS: dict[str, tuple[CutName, str]] = {
@@ -95,7 +85,13 @@ def parser() -> Parser:
         metavar="SECONDS",
         help="with --knockout --readers speech: hide only what sounds so much earlier",
     )
-    p.add_argument("--checkpoint", default=DEFAULT, help="name under checkpoints/, or a folder")
+    p.add_argument("--checkpoint", help=f"name under checkpoints/, or a folder ({DEFAULT})")
+    p.add_argument(
+        "--model",
+        metavar="HUB_ID",
+        help="someone else's speech LLM instead, by hub id or folder; see docs/other-models.md",
+    )
+    p.add_argument("--device-map", help="with --model: spread it, as transformers does (auto)")
     p.add_argument("--data", default="builtin/test", help="manifest, or name like queen/test")
     p.add_argument("--lengths", metavar="A-B", help="only clips that last A to B seconds")
     p.add_argument(
@@ -115,14 +111,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     options = parser().parse_args(words)
     question = asked(options, {option: cut for option, (cut, _) in CUTS.items()})
-    checkpoint = find_checkpoint(options.checkpoint)
-    out = options.out or default_out(options, question, checkpoint)
+    subject = find_subject(options)
+    out = options.out or default_out(options, question, subject.name)
     check_writable(out, f"--out {out}")
     manifest = find_manifest(options.data)
-    listener, study, left_out = prepare(options, question, checkpoint, manifest, out)
+    listener, study, left_out = prepare(options, question, subject, manifest, out)
     settings = {
         "run": study.run,
-        "checkpoint": file_sha256(weights_file(checkpoint)),
+        "checkpoint": subject.fingerprint(),
         "data": file_sha256(manifest),
         "utterances": [u.id for u in study.utterances],
         **question._asdict(),
@@ -149,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows,
         study,
         chosen,
-        checkpoint=describe_checkpoint(checkpoint, listener),
+        checkpoint=subject.describe(listener),
         data=describe_data(options.data, manifest, study, left_out, options.noise, options.lengths),
         unread=question.unread_block(listener.processor, listener.n_layers, study.waves),
         seed=options.seed,
@@ -161,29 +157,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def prepare(
-    options: Any, question: Question, checkpoint: Path, manifest: Path, out: Path
+    options: Any, question: Question, subject: Subject, manifest: Path, out: Path
 ) -> tuple[Listener, LayerStudy, list[str]]:
     """The model, the study, and a line for each clip that was left out; UsageError for all that
 
     can be refused before the model has run.
     """
-    config = read_config(checkpoint)
-    n_layers = config.text_config.num_hidden_layers
-    sets = question.layer_sets(n_layers, lora_blocks(checkpoint, n_layers))
+    sets = question.layer_sets(subject.n_layers, subject.with_lora)
     listed = of_length(read_manifest(manifest), options.lengths)
     drawn = choose(listed, options.limit, options.seed)
     usable, waves, left_out = load_usable(drawn, options.on_bad_audio)
-    for place in reversed(question.without_patches(usable, waves, config.frames_per_patch)):
-        left_out.append(f"{usable[place].id}: nothing of it stands at {question.positions}")
-        del usable[place], waves[place]
     if options.noise is not None:
         waves = noisy(waves, options.noise, options.seed)
-    listener = load(
-        checkpoint,
-        device=options.device,
-        dtype=DTYPES.get(options.dtype),
-        merge=question.cut != "without-lora",
-    )
+    listener = subject.load(options, question.cut != "without-lora")
+    for place in reversed(question.without_patches(usable, waves, listener.processor)):
+        left_out.append(f"{usable[place].id}: nothing of it stands at {question.positions}")
+        del usable[place], waves[place]
     left_out += leave_out_too_long(listener, usable, waves, options.on_bad_audio)
     question.check(listener.processor)
     if question.chooses:
@@ -200,7 +189,7 @@ def prepare(
     return listener, study, left_out
 
 
-def default_out(options: Any, question: Question, checkpoint: Path) -> Path:
+def default_out(options: Any, question: Question, name: str) -> Path:
     """A folder under reports/ that the same command finds again."""
     layers = "" if question.layers == EACH_BLOCK else f"-layers-{question.layers}"
     data = options.data.removesuffix(".jsonl").replace("/", "-").strip("-.")
@@ -213,7 +202,7 @@ def default_out(options: Any, question: Question, checkpoint: Path) -> Path:
     how = f"{question.cut}{by}-{question.positions}{hidden}{layers}-n{options.limit}{seed}".replace(
         ":", "-"
     )
-    return Path("reports") / f"{checkpoint_name(checkpoint)}-{data}-{how}"
+    return Path("reports") / f"{name}-{data}-{how}"
 
 
 def keep_examples(out: Path, rows: pd.DataFrame, study: LayerStudy) -> None:

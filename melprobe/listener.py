@@ -1,4 +1,4 @@
-"""The door to the library: a loaded Mel-LLM with its processor, ready to listen and to be cut.
+"""The door to the library: a loaded model with its processor, ready to listen and to be cut.
 
 >>> lm = melprobe.load("mel-smol")                              # doctest: +SKIP
 >>> with lm.skip({3, 5}, positions="speech"):                   # doctest: +SKIP
@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from melprobe.audio.mel import frame_count
-from melprobe.audio.patches import patch_count
 from melprobe.corpus.text import plain_text
 from melprobe.errors import UsageError
 from melprobe.hooks.cuts import BlockChange, bypass, knock_out, skip, watch_blocks
@@ -27,8 +26,8 @@ from melprobe.hooks.parts import Part, ablate
 from melprobe.hooks.replay import Replay
 from melprobe.model import checkpoint
 from melprobe.model.inference import AnswerScores, answer_scores, transcribe
-from melprobe.model.modelling import MelLLMForConditionalGeneration
-from melprobe.model.processor import MelLLMProcessor
+from melprobe.model.others import load_other
+from melprobe.model.prompts import ClipPrompts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -37,8 +36,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Listener:
     """A model and its processor; every method takes and gives what a person would."""
 
-    model: MelLLMForConditionalGeneration
-    processor: MelLLMProcessor
+    model: PreTrainedModel
+    processor: ClipPrompts
 
     @property
     def n_layers(self) -> int:
@@ -47,12 +46,12 @@ class Listener:
     @property
     def room(self) -> int:
         """Positions that the decoder has for prompt, patches and answer."""
-        config = self.model.config.text_config
+        config = self.model.config.get_text_config()
         return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
     def positions(self, wave: np.ndarray, answer_tokens: int) -> int:
         """How many of them this wave (float32, mono, 16 kHz) takes with an answer so long."""
-        patches = patch_count(frame_count(len(wave)), self.processor.frames_per_patch)
+        patches = self.processor.positions_of(len(wave))
         return len(self.processor.text_prompt("")) + patches + answer_tokens
 
     def transcribe(self, waves: Sequence[np.ndarray], max_new_tokens: int = 64) -> list[str]:
@@ -135,6 +134,23 @@ def load(
         dtype = dtype or fast_dtype(place)
         model, processor = checkpoint.load(name, dtype=dtype, device=place, merge=merge)
     return Listener(model, processor)
+
+
+def load_model(
+    name: str,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    device_map: str | None = None,
+) -> Listener:
+    """Someone else's speech LLM by hub id or folder; see `melprobe.model.others`.
+
+    device, dtype: as in `load`. device_map: as in transformers, in place of `device`.
+    """
+    place = pick_device(device)
+    with _no_progress_bars():
+        dtype = dtype or fast_dtype(place)
+        return Listener(*load_other(name, dtype=dtype, device=place, device_map=device_map))
 
 
 @contextmanager

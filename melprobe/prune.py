@@ -11,7 +11,7 @@ import shutil
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -29,6 +29,7 @@ from melprobe.hooks.layers import decoder_blocks, format_layers, parse_layers
 from melprobe.listener import DTYPES, Listener, load
 from melprobe.model import checkpoint
 from melprobe.model.checkpoint import DEFAULT, find_checkpoint
+from melprobe.model.processor import MelLLMProcessor
 from melprobe.model.prune import check_droppable, drop_blocks
 
 
@@ -75,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         [before.reference_words for before in errors[0]],
     )
     disable_progress_bar()
-    checkpoint.save(listener.model, listener.processor, options.out, listener.model.dtype)
+    processor = cast(MelLLMProcessor, listener.processor)
+    checkpoint.save(listener.model, processor, options.out, listener.model.dtype)
     found = {
         "checkpoint": options.checkpoint,
         "data": options.data,

@@ -1,9 +1,13 @@
 """Other people's speech LLMs, tiny and with random weights, and inputs for them."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     Gemma4UnifiedAudioFeatureExtractor,
     Gemma4UnifiedConfig,
@@ -16,6 +20,7 @@ from transformers import (
     Phi4MultimodalFeatureExtractor,
     Phi4MultimodalForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2AudioConfig,
     Qwen2AudioForConditionalGeneration,
     Qwen3ASRConfig,
@@ -25,6 +30,12 @@ from transformers import (
     VoxtralForConditionalGeneration,
     WhisperFeatureExtractor,
 )
+
+from melprobe.hooks.anatomy import anatomy
+from melprobe.listener import Listener
+from melprobe.model.config import token_ids_only
+from melprobe.model.others import LISTENING, OtherProcessor
+from tests.tiny import WORDS
 
 N_LAYERS = 4
 SPEECH, BOS, EOS, PAD, VOCABULARY = 60, 1, 2, 0, 64
@@ -141,78 +152,99 @@ def llama() -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**_TEXT))
 
 
-def _phi4_audio(waves: list[Any]) -> tuple[dict[str, Any], list[int]]:
-    made = Phi4MultimodalFeatureExtractor()(waves, sampling_rate=16_000, return_tensors="pt")
-    return dict(made), made["audio_embed_sizes"].tolist()
+class FakeGraniteExtractor:
+    """Theirs needs torchaudio, so these are no spectrograms."""
 
-
-def _gemma_audio(waves: list[Any]) -> tuple[dict[str, Any], list[int]]:
-    made = Gemma4UnifiedAudioFeatureExtractor()(waves, return_tensors="pt")
-    return dict(made), made["input_features_mask"].sum(1).tolist()
-
-
-def _qwen2_audio(waves: list[Any]) -> tuple[dict[str, Any], list[int]]:
-    extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=1)
-    made = extractor(waves, sampling_rate=16_000, return_attention_mask=True, return_tensors="pt")
-    frames = made["attention_mask"].sum(1)
-    audio = {
-        "input_features": made["input_features"],
-        "feature_attention_mask": made["attention_mask"],
-    }
-    return audio, (((frames - 1) // 2 + 1 - 2) // 2 + 1).tolist()
-
-
-def _voxtral_audio(waves: list[Any]) -> tuple[dict[str, Any], list[int]]:
-    extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=2)
-    made = extractor(waves, sampling_rate=16_000, return_tensors="pt")
-    return {"input_features": made["input_features"]}, [25] * len(waves)
-
-
-def _granite_audio(waves: list[Any]) -> tuple[dict[str, Any], list[int]]:
-    """Its extractor needs torchaudio, so these are no spectrograms."""
-    frames = [len(wave) // 320 for wave in waves]
-    features = torch.randn(len(waves), max(frames), 160)
-    sizes = torch.tensor([3 * -(-n // 15) for n in frames])
-    mask = torch.arange(int(sizes.max())) < sizes[:, None]
-    return {"input_features": features, "input_features_mask": mask}, sizes.tolist()
-
-
-def _qwen3_audio(waves: list[Any]) -> tuple[dict[str, Any], list[int]]:
-    extractor = Qwen3ASRFeatureExtractor(feature_size=80)
-    made = extractor(
-        waves, sampling_rate=16_000, padding=True, return_attention_mask=True, return_tensors="pt"
-    )
-    mask = made["attention_mask"]
-    audio = {"input_features": made["input_features"], "input_features_mask": mask}
-    frames = mask.sum(1)
-    rest = frames % 100
-    for _ in range(3):
-        rest = (rest - 1) // 2 + 1
-    return audio, (rest + 13 * (frames // 100)).tolist()
+    def __call__(self, waves: list[Any]) -> dict[str, Any]:
+        frames = [len(wave) // 320 for wave in waves]
+        noise = torch.Generator().manual_seed(sum(frames))
+        features = torch.randn(len(waves), max(frames), 160, generator=noise)
+        sizes = torch.tensor([3 * -(-n // 15) for n in frames])
+        mask = torch.arange(int(sizes.max())) < sizes[:, None]
+        return {
+            "input_features": features,
+            "input_features_mask": mask,
+            "audio_embed_sizes": sizes,
+        }
 
 
 class Foreign(NamedTuple):
-    """A class of models, and what its own feature extractor makes of waves."""
+    """A class of models, and its feature extractor; none for one that only reads."""
 
     build: Callable[[], PreTrainedModel]
-    audio: Callable[[list[Any]], tuple[dict[str, Any], list[int]]]
-    """Inputs of the model, and how many positions each wave takes."""
+    extractor: Callable[[], Any] | None
 
 
 FOREIGN = {
-    "phi4_multimodal": Foreign(phi4_multimodal, _phi4_audio),
-    "gemma4_unified": Foreign(gemma4_unified, _gemma_audio),
-    "qwen2_audio": Foreign(qwen2_audio, _qwen2_audio),
-    "voxtral": Foreign(voxtral, _voxtral_audio),
-    "granite_speech": Foreign(granite_speech, _granite_audio),
-    "qwen3_asr": Foreign(qwen3_asr, _qwen3_audio),
-    "llama": Foreign(llama, lambda waves: ({}, [0] * len(waves))),
+    "phi4_multimodal": Foreign(phi4_multimodal, Phi4MultimodalFeatureExtractor),
+    "gemma4_unified": Foreign(gemma4_unified, Gemma4UnifiedAudioFeatureExtractor),
+    "qwen2_audio": Foreign(
+        qwen2_audio, partial(WhisperFeatureExtractor, feature_size=80, chunk_length=1)
+    ),
+    "voxtral": Foreign(voxtral, partial(WhisperFeatureExtractor, feature_size=80, chunk_length=2)),
+    "granite_speech": Foreign(granite_speech, FakeGraniteExtractor),
+    "qwen3_asr": Foreign(qwen3_asr, partial(Qwen3ASRFeatureExtractor, feature_size=80)),
+    "llama": Foreign(llama, None),
 }
+HEARING = [name for name, foreign in FOREIGN.items() if foreign.extractor]
+
+
+def scaled(model: PreTrainedModel) -> PreTrainedModel:
+    """With weights large enough that every block matters."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3)
+    return model.eval()
+
+
+def tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
+    """Words of the built-in prompts' kind, a chat's markup, and the token of speech."""
+    words = ["<pad>", "<s>", "</s>", "<user>", "<assistant>", "<turn>", *WORDS]
+    words += [f"w{i}" for i in range(SPEECH - len(words))]
+    words += ["<|audio|>", "<boa>", "<eoa>", "<unk>"]
+    model = WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>")
+    made = Tokenizer(model)
+    made.pre_tokenizer = Whitespace()
+    marks = ["<user>", "<assistant>", "<turn>", "<|audio|>", "<boa>", "<eoa>"]
+    made.add_special_tokens(marks)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens={"boa_token": "<boa>", "eoa_token": "<eoa>"},
+    )
+    if chat:
+        fast.chat_template = _CHAT
+    return fast
+
+
+_CHAT = (
+    "<s>{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}"
+    "{% else %}{% for part in m.content %}"
+    "{% if part.type == 'audio' %}<|audio|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}<turn>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def foreign_listener(name: str) -> Listener:
+    """A model of this class with its own feature extractor, in float32."""
+    torch.manual_seed(0)
+    model, extractor = scaled(FOREIGN[name].build()), FOREIGN[name].extractor
+    assert extractor is not None
+    processor = OtherProcessor(extractor(), tokenizer(), LISTENING[name], anatomy(model))
+    model.generation_config = token_ids_only(model.generation_config)
+    model.generation_config.eos_token_id = processor.end_id
+    return Listener(model, processor)
 
 
 def prompts(name: str, waves: list[Any]) -> dict[str, Any]:
     """Beginning, speech, and words behind it, padded on the left."""
-    audio, counts = FOREIGN[name].audio(waves)
+    extractor = FOREIGN[name].extractor
+    audio, counts = LISTENING[name].hear(extractor(), waves) if extractor else ({}, [0, 0])
     rows = [[BOS, *[SPEECH] * n, *(5 + i % 7 for i in range(4 + k))] for k, n in enumerate(counts)]
     width = max(map(len, rows))
     ids = [[PAD] * (width - len(row)) + row for row in rows]

@@ -3,6 +3,7 @@
 All on random weights of each class's own kind; no real ones were at hand.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,26 +11,30 @@ import pytest
 import torch
 from transformers import BertConfig, BertLMHeadModel
 
+from melprobe import ablate
 from melprobe.errors import UsageError
 from melprobe.hooks.anatomy import anatomy
 from melprobe.hooks.cuts import bypass, knock_out, skip, watch_blocks
 from melprobe.hooks.layers import decoder_blocks
 from melprobe.hooks.positions import position_kinds, selected
-from tests.foreign import FOREIGN, N_LAYERS, SPEECH, positions_of, prompts
-from tests.tiny import waves
-
-HEARING = [name for name in FOREIGN if name != "llama"]
+from tests.foreign import (
+    FOREIGN,
+    HEARING,
+    N_LAYERS,
+    SPEECH,
+    foreign_listener,
+    positions_of,
+    prompts,
+    scaled,
+)
+from tests.tiny import tiny_manifest, waves
 
 
 @pytest.fixture(scope="module", params=FOREIGN)
 def foreign(request):
     """A model, its prompts, and where it is cut."""
     torch.manual_seed(0)
-    model = FOREIGN[request.param].build().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # most begin too small to tell apart
-            if parameter.dim() > 1:
-                parameter.mul_(3)
+    model = scaled(FOREIGN[request.param].build())
     model.generation_config.eos_token_id = None  # random weights end at once, or never
     inputs = prompts(request.param, waves(0.9, 0.5))
     return model, inputs, "text" if request.param == "llama" else "speech"
@@ -196,3 +201,92 @@ def test_an_unknown_class_says_what_it_needs():
     model.config.model_type = "my_speech_model"
     with pytest.raises(UsageError, match=r"BertLMHeadModel \(my_speech_model\) has no adapter"):
         anatomy(model)
+
+
+@pytest.mark.parametrize("name", HEARING)
+def test_a_prompt_holds_the_clip_between_the_words_of_the_chat(name):
+    lm, clips = foreign_listener(name), waves(0.9, 0.5)
+    processor = lm.processor
+    batch = processor(clips, ["please hold", "one"])
+    ids, labels = batch["input_ids"], batch["labels"]
+    _, counts = processor.features(clips, 16_000)
+    assert (ids == SPEECH).sum(1).tolist() == counts
+    for wave, count in zip(clips, counts, strict=True):
+        assert count <= processor.positions_of(len(wave)) or name == "voxtral"
+    if name not in {"voxtral", "granite_speech"}:
+        assert processor.positions_of(len(clips[0])) <= counts[0] + 4
+    turn = processor.tokenizer.convert_tokens_to_ids("<turn>")
+    assert processor.end_id == turn
+    assert [row[row != -100].tolist() for row in labels] == [
+        processor.answer_ids("please hold"),
+        processor.answer_ids("one"),
+    ]
+    assert ids[0, 0] == processor.tokenizer.bos_token_id
+    assert processor.decode(ids[0][labels[0] != -100]) == "please hold"
+
+
+@pytest.mark.parametrize("name", HEARING)
+def test_replay_gives_what_generate_and_the_loss_give(name):
+    lm, clips, texts = foreign_listener(name), waves(0.9, 0.5, 0.7), ["please hold", "one", "call"]
+    replay = lm.replay(clips, texts, 8)
+    written = lm.processor.batch_decode(replay.intact.answers)
+    assert written == lm.transcribe(clips, 8)
+    for layers in ({0}, {2}, {1, 3}):
+        with lm.skip(layers):
+            heard = replay.hear(min(layers) + 1)
+            assert lm.processor.batch_decode(heard.answers) == lm.transcribe(clips, 8)
+            scores = lm.score(clips, texts)
+            assert torch.allclose(heard.nll, scores.nll, atol=1e-4)
+            assert torch.equal(heard.tokens, scores.tokens)
+    inputs = lm.processor(clips[:1], texts[:1])
+    with torch.no_grad():
+        loss = lm.model(**inputs).loss
+    assert lm.score(clips[:1], texts[:1]).nll.item() == pytest.approx(
+        loss.item() * len(lm.processor.answer_ids(texts[0])), rel=1e-5
+    )
+
+
+@pytest.fixture(scope="module")
+def hub_folder(tmp_path_factory):
+    """A speech LLM as the hub would give it, and clips."""
+    folder = tmp_path_factory.mktemp("hub")
+    lm = foreign_listener("qwen3_asr")
+    for part in (lm.model, lm.processor.feature_extractor, lm.processor.tokenizer):
+        part.save_pretrained(folder / "tiny-asr")
+    tiny_manifest(folder / "data.jsonl")
+    return folder
+
+
+def test_a_study_of_a_model_from_the_hub(hub_folder, tmp_path, capsys):
+    words = ["--model", str(hub_folder / "tiny-asr"), "--data", str(hub_folder / "data.jsonl")]
+    options = ["--device", "cpu", "--dtype", "float32", "--out", str(tmp_path / "run")]
+    ablate.main(["--skip-layers", *words, *options])
+    printed = capsys.readouterr()
+    assert "billion parameters" in printed.err and "report:" in printed.out
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [layer["layer"] for layer in results["layers"]] == [0, 1, 2, 3]
+    about = results["checkpoint"]
+    assert (about["name"], about["n_layers"], about["front"]) == ("tiny-asr", 4, "qwen3_asr")
+    assert about["token_rate_hz"] == pytest.approx(13)
+    assert "speech positions a second" in (tmp_path / "run" / "report.html").read_text()
+    assert not results["gate"]["passed"]  # random weights hear nothing
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "no/such"], "no such model on the hub or on disk"),
+        (["--model", "{}/tiny-asr", "--checkpoint", "mel-mini"], "name one of them"),
+        (["--model", "{}/llama"], "llama has no adapter; there are phi4_multimodal"),
+        (["--device-map", "auto"], "--device-map goes with --model"),
+        (["--model", "{}/tiny-asr", "--device-map", "auto", "--device", "cpu"], "name one of them"),
+    ],
+)
+def test_bad_input_is_one_line(hub_folder, tmp_path, monkeypatch, words, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    FOREIGN["llama"].build().save_pretrained(hub_folder / "llama")
+    words = [word.format(hub_folder) for word in words]
+    with pytest.raises(UsageError, match=message) as caught:
+        ablate.main(["--skip-layers", *words, "--out", str(tmp_path / "run")])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()

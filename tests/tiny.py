@@ -131,13 +131,7 @@ def tiny_checkpoint(place: Path) -> None:
         if "lora_B" in name:  # zero until it is trained
             torch.nn.init.normal_(weight, std=0.2)
     checkpoint.save(model, processor, place / "model")
-    utterances = []
-    for i, wave in enumerate(waves(*np.linspace(0.4, 0.9, N_CLIPS))):
-        path = place / f"{i}.flac"
-        soundfile.write(path, wave, 16_000)
-        text = f"{WORDS[i]} {WORDS[i + 1]} please"
-        utterances.append(Utterance(path.name, path, text, len(wave) / 16_000, "noise"))
-    write_manifest(place / "data.jsonl", utterances)
+    utterances = tiny_manifest(place / "data.jsonl")
     write_manifest(place / "train.jsonl", [utterances[0], utterances[3]])
     write_manifest(place / "dev.jsonl", [utterances[3]])
     corpus = Corpus(manifest=str(place / "train.jsonl"))
@@ -145,3 +139,15 @@ def tiny_checkpoint(place: Path) -> None:
     recipe = SpeechRecipe(out=place / "run", data=data)
     (place / "model" / "recipe.json").write_text(recipe.model_dump_json())
     (place / "model" / "data.json").write_text(json.dumps({"manifests": [corpus.model_dump()]}))
+
+
+def tiny_manifest(path: Path) -> list[Utterance]:
+    """Clips of noise with texts, beside the manifest."""
+    place, utterances = path.parent, []
+    for i, wave in enumerate(waves(*np.linspace(0.4, 0.9, N_CLIPS))):
+        clip = place / f"{i}.flac"
+        soundfile.write(clip, wave, 16_000)
+        text = f"{WORDS[i]} {WORDS[i + 1]} please"
+        utterances.append(Utterance(clip.name, clip, text, len(wave) / 16_000, "noise"))
+    write_manifest(path, utterances)
+    return utterances

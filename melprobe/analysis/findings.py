@@ -12,7 +12,6 @@ from melprobe.analysis.choice import Chosen
 from melprobe.analysis.damage import score_layers
 from melprobe.analysis.sweep import LayerStudy
 from melprobe.audio.load import SAMPLE_RATE
-from melprobe.audio.patches import patch_rate
 from melprobe.hooks.layers import format_layers
 from melprobe.listener import Listener
 from melprobe.model.checkpoint import weights_file
@@ -100,10 +99,25 @@ def describe_checkpoint(folder: Path, listener: Listener) -> dict[str, Any]:
         "sha256": file_sha256(weights_file(folder)),
         "base": config.base,
         "front": config.audio_front,
-        "token_rate_hz": patch_rate(config.frames_per_patch),
+        "token_rate_hz": 1 / listener.processor.speech.seconds,
         "n_layers": listener.n_layers,
         "trained_on": list(dict.fromkeys(corpus["manifest"] for corpus in manifests)),
         "targets_after": targets_after(folder),
+        "dtype": str(listener.model.dtype).removeprefix("torch."),
+    }
+
+
+def describe_other(name: str, fingerprint: str, listener: Listener) -> dict[str, Any]:
+    """Of a model that was not trained here."""
+    return {
+        "name": name.rstrip("/").rpartition("/")[2],
+        "sha256": fingerprint,
+        "base": type(listener.model).__name__,
+        "front": listener.model.config.model_type,
+        "token_rate_hz": 1 / listener.processor.speech.seconds,
+        "n_layers": listener.n_layers,
+        "trained_on": [],
+        "targets_after": [],
         "dtype": str(listener.model.dtype).removeprefix("torch."),
     }
 

@@ -9,14 +9,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from melprobe.audio.mel import frame_count
-from melprobe.audio.patches import patch_count, patch_rate
 from melprobe.corpus.manifest import Utterance
 from melprobe.errors import UsageError
 from melprobe.hooks.layers import parse_layers
 from melprobe.hooks.parts import Part, PartName
 from melprobe.hooks.positions import Kind, parse_positions, patches_between
-from melprobe.model.processor import MelLLMProcessor
+from melprobe.model.prompts import ClipPrompts
 from melprobe.report.reading import EACH_BLOCK
 
 CutName = Literal["skip", "knock-out", "bypass", "no-attention", "no-mlp", "without-lora"]
@@ -74,7 +72,7 @@ class Question(NamedTuple):
             self.picks(len(sets))
         return sets
 
-    def check(self, processor: MelLLMProcessor) -> None:
+    def check(self, processor: ClipPrompts) -> None:
         """UsageError where the prompt leaves nothing to ask."""
         if self.positions == "prompt" and not processor.before + processor.after:
             raise UsageError("positions 'prompt': this checkpoint has no words around the audio")
@@ -85,7 +83,7 @@ class Question(NamedTuple):
                 "could read them, so there is nothing to hide them from"
             )
 
-    def _hides(self, processor: MelLLMProcessor) -> bool:
+    def _hides(self, processor: ClipPrompts) -> bool:
         """Whether any reader stands behind any of the positions."""
         order = [Kind.BOS, *[Kind.PROMPT] * bool(processor.before), Kind.SPEECH, Kind.SPEECH]
         order += [*[Kind.PROMPT] * bool(processor.after), Kind.ANSWER, Kind.ANSWER]
@@ -98,7 +96,7 @@ class Question(NamedTuple):
         return any(kind in there and readers & set(order[i + 1 :]) for i, kind in enumerate(order))
 
     def unread_block(
-        self, processor: MelLLMProcessor, n_layers: int, waves: Sequence[np.ndarray]
+        self, processor: ClipPrompts, n_layers: int, waves: Sequence[np.ndarray]
     ) -> str | None:
         """The block whose cut costs nothing by construction: the last, whose output nobody reads.
 
@@ -112,24 +110,23 @@ class Question(NamedTuple):
         before_answer = Kind.PROMPT if processor.after else Kind.SPEECH
         read = bool({before_answer, Kind.ANSWER} & set(selection.kinds))
         if selection.seconds and before_answer is Kind.SPEECH:
-            rate = processor.frames_per_patch
             read = any(
-                patch_count(frame_count(len(wave)), rate) - 1
-                in _patches(selection.seconds, wave, rate)
+                processor.positions_of(len(wave)) - 1
+                in _patches(selection.seconds, wave, processor)
                 for wave in waves
             )
         return None if read else str(n_layers - 1)
 
     def without_patches(
-        self, utterances: Sequence[Utterance], waves: Sequence[np.ndarray], frames_per_patch: int
+        self, utterances: Sequence[Utterance], waves: Sequence[np.ndarray], processor: ClipPrompts
     ) -> list[int]:
         """Places of clips in which nothing sounds in the seconds that are asked about.
 
         UsageError when that is all of them.
         """
         if self.beyond and len(waves):
-            patches = max(patch_count(frame_count(len(w)), frames_per_patch) for w in waves)
-            if (patches - 1) / patch_rate(frames_per_patch) <= self.beyond + 1e-4:
+            patches = max(processor.positions_of(len(wave)) for wave in waves)
+            if (patches - 1) * processor.speech.seconds <= self.beyond + 1e-4:
                 raise UsageError(
                     f"--beyond {self.beyond:g}: no clip has patches so far apart; the longest "
                     f"lasts {max(u.duration for u in utterances):.2f} s"
@@ -137,8 +134,7 @@ class Question(NamedTuple):
         seconds = parse_positions(self.positions).seconds
         if seconds is None:
             return []
-        rate = frames_per_patch
-        silent = [i for i, wave in enumerate(waves) if not _patches(seconds, wave, rate)]
+        silent = [i for i, wave in enumerate(waves) if not _patches(seconds, wave, processor)]
         if len(silent) == len(waves):
             longest = max(u.duration for u in utterances)
             raise UsageError(
@@ -182,8 +178,8 @@ def asked(options: Any, cuts: dict[str, CutName]) -> Question:
     return question
 
 
-def _patches(seconds: tuple[float, float], wave: np.ndarray, rate: int) -> list[int]:
-    return patches_between(*seconds, patch_count(frame_count(len(wave)), rate), rate)
+def _patches(seconds: tuple[float, float], wave: np.ndarray, processor: ClipPrompts) -> list[int]:
+    return patches_between(*seconds, processor.positions_of(len(wave)), processor.speech)
 
 
 def _layer_sets(text: str, n_layers: int) -> list[list[int]]:

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from melprobe.analysis.question import Question
 from melprobe.analysis.wer import count_errors, normalise
-from melprobe.audio.mel import frame_count
-from melprobe.audio.patches import patch_count
 from melprobe.corpus.manifest import Utterance
 from melprobe.corpus.text import plain_text
 from melprobe.errors import UsageError
@@ -24,11 +22,8 @@ from melprobe.hooks.parts import Part, in_place, watch_means, watch_parts
 from melprobe.hooks.replay import Heard, Replay, Variant
 from melprobe.listener import Listener
 from melprobe.model.inference import batches_by_length, kl_per_clip
-from melprobe.model.processor import MelLLMProcessor
+from melprobe.model.prompts import ClipPrompts
 from melprobe.store import Key, Row, RowStore
-
-# What the prompt adds to a clip's patches, roughly, when batches are cut.
-_PROMPT_POSITIONS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +48,11 @@ class LayerStudy:
         """All parts that it replaces."""
         return {part for layers in self.layer_sets for part in self.question.parts(layers)}
 
-    def batches(self, processor: MelLLMProcessor) -> list[list[int]]:
+    def batches(self, processor: ClipPrompts) -> list[list[int]]:
         """Clips of like length together, with room for prompt, reference and draft."""
         lengths = [
-            patch_count(frame_count(len(wave)), processor.frames_per_patch)
-            + _PROMPT_POSITIONS
+            processor.positions_of(len(wave))
+            + len(processor.text_prompt(""))
             + len(processor.answer_ids(plain_text(u.text)))
             + self.max_new_tokens
             for u, wave in zip(self.utterances, self.waves, strict=True)

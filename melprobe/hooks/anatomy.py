@@ -24,6 +24,8 @@ class Anatomy(NamedTuple):
     """From one speech position to the next."""
     lead: float = 0.0
     """When the first one begins, in seconds."""
+    masks_logits: bool = False
+    """Whether `logits_to_keep` may be a mask (B, S), which computes no logits beside it."""
 
     def middle(self, number: Any) -> Any:
         """When speech position `number` (from 0; or a tensor of them) sounds, in seconds.
@@ -35,7 +37,7 @@ class Anatomy(NamedTuple):
 
 def _mel_llm(config: Any) -> Anatomy:
     start, end = patch_span(0, config.frames_per_patch)
-    return Anatomy(config.audio_token_id, end - start, start)
+    return Anatomy(config.audio_token_id, end - start, start, masks_logits=True)
 
 
 def _phi4_multimodal(config: Any) -> Anatomy:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from melprobe.audio.patches import patch_middle
 from melprobe.errors import UsageError
 from melprobe.hooks.anatomy import Anatomy, anatomy
 
@@ -102,9 +101,9 @@ def position_kinds(
     return kinds.masked_fill(~present, Kind.PADDING)
 
 
-def patches_between(start: float, stop: float, n_patches: int, frames_per_patch: int) -> list[int]:
+def patches_between(start: float, stop: float, n_patches: int, speech: Anatomy) -> list[int]:
     """Of a clip's patches those whose middle sounds from `start` on and before `stop`, seconds."""
-    middles = (patch_middle(patch, frames_per_patch) for patch in range(n_patches))
+    middles = (speech.middle(patch) for patch in range(n_patches))
     return [patch for patch, middle in enumerate(middles) if start <= middle < stop]
 
 

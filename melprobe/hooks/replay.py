@@ -29,16 +29,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BatchFeature, DynamicCache
+from transformers import BatchFeature, DynamicCache, PreTrainedModel
 
 from melprobe.errors import UsageError
 from melprobe.hooks.anatomy import anatomy
 from melprobe.hooks.cuts import hide_keys, residuals, turn
 from melprobe.hooks.layers import decoder_blocks
 from melprobe.hooks.positions import Kind, kinds_are, position_kinds, rows_of, selected
-from melprobe.model.inference import greedy_ids, score_tokens
-from melprobe.model.modelling import MelLLMForConditionalGeneration
-from melprobe.model.processor import MelLLMProcessor
+from melprobe.model.inference import greedy_ids, logits_at, score_tokens
+from melprobe.model.prompts import ClipPrompts
 
 _NOTHING = -100
 """Stands where a shorter answer has no token."""
@@ -95,8 +94,8 @@ class Replay:
     @torch.no_grad()
     def __init__(
         self,
-        model: MelLLMForConditionalGeneration,
-        processor: MelLLMProcessor,
+        model: PreTrainedModel,
+        processor: ClipPrompts,
         waves: Sequence[np.ndarray],
         texts: Sequence[str],
         max_new_tokens: int,
@@ -244,7 +243,9 @@ class Replay:
         length = present.sum(1, keepdim=True)
         counts = [torch.arange(part.shape[1]) for part in (self.references, self.drafts)]
         # No audio stands in an answer, even where a model writes its placeholder.
-        ids = answers.masked_fill(answers == self.speech.audio_token_id, 0)
+        ids = answers
+        if (audio := self.speech.audio_token_id) is not None:
+            ids = ids.masked_fill(ids == audio, 0)
         ids = ids.masked_fill(answers == _NOTHING, pad)
         return {
             **prompts,
@@ -286,13 +287,14 @@ class Replay:
         unread = torch.zeros(width, width, dtype=torch.bool, device=self.kinds.device)
         unread[self._draft_start :, self.n_prompt : self._draft_start] = True
         with hide_keys(self.model, unread[None, None]), kinds_are(self.kinds):
-            output = self.model(
+            logits = logits_at(
+                self.model,
+                self.asked,
                 **self.inputs,
                 past_key_values=cache if self.max_new_tokens else None,
                 use_cache=bool(self.max_new_tokens),
-                logits_to_keep=self.asked,
             )
-        return output.logits, cache
+        return logits, cache
 
     def _likelihood(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """(N,) of each reference token: its NLL, and the cross-entropy from the intact model's
@@ -414,6 +416,6 @@ def _padded(answers: list[list[int]], device: torch.device) -> Tensor:
     return pad_sequence(rows, batch_first=True, padding_value=_NOTHING).to(device)
 
 
-def _end_ids(model: MelLLMForConditionalGeneration) -> set[int]:
+def _end_ids(model: PreTrainedModel) -> set[int]:
     ends = model.generation_config.eos_token_id
     return set(ends) if isinstance(ends, list) else {ends}

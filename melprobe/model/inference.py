@@ -5,17 +5,18 @@ negative log-likelihood of the reference given the audio (`answer_scores`).
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import BatchFeature
+from transformers import BatchFeature, PreTrainedModel
 
+from melprobe.hooks.anatomy import anatomy
+from melprobe.hooks.positions import kinds_are, position_kinds
 from melprobe.model.config import token_ids_only
-from melprobe.model.modelling import MelLLMForConditionalGeneration
-from melprobe.model.processor import MelLLMProcessor
+from melprobe.model.prompts import ClipPrompts
 
 
 class AnswerScores(NamedTuple):
@@ -46,8 +47,8 @@ def batches_by_length(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def transcribe(
-    model: MelLLMForConditionalGeneration,
-    processor: MelLLMProcessor,
+    model: PreTrainedModel,
+    processor: ClipPrompts,
     waves: Sequence[np.ndarray],
     max_new_tokens: int = 64,
 ) -> list[str]:
@@ -57,9 +58,7 @@ def transcribe(
 
 
 @torch.no_grad()
-def greedy_ids(
-    model: MelLLMForConditionalGeneration, inputs: BatchFeature, max_new_tokens: int
-) -> Tensor:
+def greedy_ids(model: PreTrainedModel, inputs: BatchFeature, max_new_tokens: int) -> Tensor:
     """Ids (B, at most `max_new_tokens`) of greedy answers to prompts, padded behind the end token.
 
     Greedy whatever `model.generation_config` holds: of that only the token ids are used.
@@ -75,16 +74,34 @@ def greedy_ids(
 
 @torch.no_grad()
 def answer_scores(
-    model: MelLLMForConditionalGeneration,
-    processor: MelLLMProcessor,
+    model: PreTrainedModel,
+    processor: ClipPrompts,
     waves: Sequence[np.ndarray],
     texts: Sequence[str],
 ) -> AnswerScores:
     """Score one batch of references under their audio."""
     inputs = processor(waves, list(texts)).to(model.device)
-    labels = inputs["labels"]
+    kinds = position_kinds(
+        inputs["input_ids"],
+        anatomy(model).audio_token_id,
+        inputs["attention_mask"],
+        labels := inputs.pop("labels"),
+    )
     targets = F.pad(labels[:, 1:], (0, 1), value=-100)
-    return score_tokens(model(**inputs).logits, targets)
+    with kinds_are(kinds):
+        logits = logits_at(model, targets != -100, **inputs, use_cache=False)
+    return score_tokens(logits, targets)
+
+
+def logits_at(model: PreTrainedModel, where: Tensor, **inputs: Any) -> Tensor:
+    """Next-token logits (N, V) at the positions `where` (B, S), in reading order."""
+    if anatomy(model).masks_logits:
+        return model(**inputs, logits_to_keep=where).logits
+    columns = where.any(0).nonzero()[:, 0]
+    logits = model(**inputs, logits_to_keep=columns).logits
+    if logits.shape[1] == where.shape[1]:  # Qwen2Audio computes them all
+        return logits[where]
+    return logits[where[:, columns]]
 
 
 def score_tokens(logits: Tensor, targets: Tensor) -> AnswerScores:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoFeatureExtractor, AutoProcessor, BatchFeature, ProcessorMixin
@@ -24,11 +23,12 @@ from melprobe.audio.mel import (
     normalise,
 )
 from melprobe.audio.patches import patch_count
+from melprobe.hooks.anatomy import KNOWN, Anatomy
 from melprobe.model.adapter import ADAPTER
 from melprobe.model.config import MelLLMConfig
+from melprobe.model.prompts import ClipPrompts, Wave
 
 AUDIO_TOKEN = "<|audio|>"
-Wave = np.ndarray | Tensor
 
 
 class MelLLMFeatureExtractor(SequenceFeatureExtractor):
@@ -97,7 +97,7 @@ class MelLLMFeatureExtractor(SequenceFeatureExtractor):
         return None if values is None else torch.tensor(values)
 
 
-class MelLLMProcessor(ProcessorMixin):
+class MelLLMProcessor(ClipPrompts, ProcessorMixin):
     """Feature extractor, tokenizer and prompt of a Mel-LLM.
 
     frames_per_patch must equal the model's; before, after: prompt text around the patches.
@@ -134,76 +134,26 @@ class MelLLMProcessor(ProcessorMixin):
 
         return load_processor(folder, read_config(folder))
 
-    def __call__(
-        self,
-        audio: Sequence[Wave] | Wave,
-        text: Sequence[str] | None = None,
-        sampling_rate: int = SAMPLE_RATE,
-        return_tensors: str = "pt",
-    ) -> BatchFeature:
-        """A batch of clips, ready for the model, as torch tensors.
+    @property
+    def end_id(self) -> int:
+        return self.tokenizer.eos_token_id
 
-        Without `text`: prompts, padded on the left, for `generate`. With `text` (one answer per
-        clip): prompt and answer, padded on the right, and `labels` (B, S), -100 off the answers.
-        """
-        if return_tensors != "pt":
-            raise ValueError(
-                f"return_tensors={return_tensors!r}: there are torch tensors only, 'pt'"
-            )
-        features = self.feature_extractor(audio, sampling_rate)
-        frames = features["feature_attention_mask"].sum(1).tolist()
-        prompts = [self._prompt(patch_count(n, self.frames_per_patch)) for n in frames]
-        if text is None:
-            rows, masks = self._pad(prompts, left=True)
-            return BatchFeature({"input_ids": rows, "attention_mask": masks, **features})
-        text = [text] if isinstance(text, str) else text
-        if len(text) != len(prompts):
-            raise ValueError(f"{len(prompts)} clips but {len(text)} texts")
-        answers = [self.answer_ids(answer) for answer in text]
-        rows, masks = self._pad([p + a for p, a in zip(prompts, answers, strict=True)], left=False)
-        labels = torch.full_like(rows, -100)
-        for row, prompt, answer in zip(labels, prompts, answers, strict=True):
-            row[len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
-        return BatchFeature(
-            {"input_ids": rows, "attention_mask": masks, "labels": labels, **features}
-        )
+    @property
+    def speech(self) -> Anatomy:
+        return KNOWN[MelLLMConfig.model_type](self)
 
-    def text_prompt(self, text: str) -> list[int]:
-        """The same prompt with words where the patches would stand: the text-copying control."""
-        return self._prompt_around(self._encode(text))
+    def features(self, audio: Any, sampling_rate: int) -> tuple[BatchFeature, list[int]]:
+        """Mel frames of waves, and how many patches each takes; see `MelLLMFeatureExtractor`."""
+        made = self.feature_extractor(audio, sampling_rate)
+        frames = made["feature_attention_mask"].sum(1).tolist()
+        return made, [patch_count(n, self.frames_per_patch) for n in frames]
 
-    def answer_ids(self, text: str) -> list[int]:
-        """Token ids of an answer, end token included."""
-        return [*self._encode(text), self.tokenizer.eos_token_id]
+    def positions_of(self, n_samples: int) -> int:
+        return patch_count(frame_count(n_samples), self.frames_per_patch)
 
-    def decode(self, ids: Any, skip_special_tokens: bool = True, **kwargs: Any) -> str:
-        """Text of generated ids (S,)."""
-        text = self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
-        return text.strip()
-
-    def batch_decode(self, ids: Any, **kwargs: Any) -> list[str]:
-        """Texts of generated ids (B, S), each as `decode` gives it."""
-        return [self.decode(row, **kwargs) for row in ids]
-
-    def _prompt(self, n_patches: int) -> list[int]:
-        return self._prompt_around([self.audio_token_id] * n_patches)
-
-    def _prompt_around(self, middle: list[int]) -> list[int]:
+    def _around(self, middle: list[int]) -> list[int]:
         before, after = self._encode(self.before), self._encode(self.after)
         return [self.tokenizer.bos_token_id, *before, *middle, *after]
-
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-
-    def _pad(self, rows: list[list[int]], *, left: bool) -> tuple[Tensor, Tensor]:
-        width = max(map(len, rows))
-        padded = torch.full((len(rows), width), self.tokenizer.pad_token_id)
-        mask = torch.zeros_like(padded)
-        for i, row in enumerate(rows):
-            place = slice(width - len(row), width) if left else slice(0, len(row))
-            padded[i, place] = torch.tensor(row)
-            mask[i, place] = 1
-        return padded, mask
 
 
 AutoFeatureExtractor.register(MelLLMConfig, MelLLMFeatureExtractor)

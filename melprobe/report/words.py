@@ -80,11 +80,13 @@ def question(results: Results) -> str:
     if readers := results["question"]["readers"]:
         who = f"{reading.places(readers)} don’t read"
         effect = effect.replace("nothing that stands elsewhere reads", who)
+    ours = checkpoint["front"] in ("linear", "conv")
+    patches = "patches of log-mel spectrogram" if ours else "speech positions"
     if beyond := results["question"]["beyond"]:
         effect = effect.replace("it there", f"it there more than {beyond:g} s later")
     return (
-        f"{checkpoint['name']} reads {checkpoint['token_rate_hz']:g} patches of log-mel "
-        f"spectrogram a second with the {checkpoint['n_layers']} blocks of a language model. "
+        f"{checkpoint['name']} reads {checkpoint['token_rate_hz']:.3g} {patches} a second with the "
+        f"{checkpoint['n_layers']} blocks of a language model. "
         f"Here {what} {PLACES[name].format(when)}: "
         f"{effect}"
     )

@@ -1,0 +1,288 @@
+"""Other people's speech LLMs: loaded from the hub or a folder, and asked to transcribe.
+
+Each class's own feature extractor makes what it hears; the words around come from its tokenizer's
+chat template. Of a class melprobe must know both (`LISTENING`, here) and which positions are speech
+(`melprobe.hooks.anatomy.KNOWN`). docs/other-models.md shows how another is added.
+
+All of this was tested on random weights of each class, none of it yet on trained ones.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+    BatchFeature,
+    PreTrainedModel,
+)
+
+from melprobe.audio.load import SAMPLE_RATE
+from melprobe.errors import UsageError
+from melprobe.hooks.anatomy import KNOWN, Anatomy
+from melprobe.model.config import token_ids_only
+from melprobe.model.prompts import ClipPrompts
+from melprobe.wheels import file_sha256
+
+Heard = tuple[dict[str, Any], list[int]]
+"""Inputs of a model for a batch of waves, and how many positions each wave takes."""
+
+
+class Listening(NamedTuple):
+    """How a class of models is given audio, and asked for words."""
+
+    hear: Callable[[Any, Sequence[Any]], Heard]
+    """From its feature extractor and waves (float32, mono, 16 kHz)."""
+    ask: str = "Transcribe the audio clip into text."
+    """What the user says behind the audio."""
+    answer: str = ""
+    """What the model is made to begin its answer with."""
+    wrap: tuple[str, str] = ("", "")
+    """Tokens that its own processor puts right before and after the audio."""
+    plain: tuple[str, str] | None = None
+    """Words before and after the audio where the tokenizer has no chat template."""
+    padded_to: float = 0.0
+    """Seconds to a multiple of which a clip is padded, all of it speech positions."""
+
+
+def _whisper_frames(extractor: Any, waves: Sequence[Any], **options: Any) -> Any:
+    return extractor(
+        list(waves),
+        sampling_rate=SAMPLE_RATE,
+        return_attention_mask=True,
+        return_tensors="pt",
+        **options,
+    )
+
+
+def _phi4_multimodal(extractor: Any, waves: Sequence[Any]) -> Heard:
+    made = extractor(list(waves), sampling_rate=SAMPLE_RATE, return_tensors="pt")
+    return dict(made), made["audio_embed_sizes"].tolist()
+
+
+def _gemma4_unified(extractor: Any, waves: Sequence[Any]) -> Heard:
+    made = extractor(list(waves), return_tensors="pt")
+    return dict(made), made["input_features_mask"].sum(1).tolist()
+
+
+def _qwen2_audio(extractor: Any, waves: Sequence[Any]) -> Heard:
+    made = _whisper_frames(extractor, waves)
+    mask = made["attention_mask"]
+    halves = (mask.sum(1) - 1) // 2 + 1
+    inputs = {"input_features": made["input_features"], "feature_attention_mask": mask}
+    return inputs, ((halves - 2) // 2 + 1).tolist()
+
+
+def _voxtral(extractor: Any, waves: Sequence[Any]) -> Heard:
+    """Each wave in windows of the extractor's length, stacked along the batch."""
+    window = extractor.n_samples
+    pieces, counts = [], []
+    for wave in waves:
+        parts = [wave[at : at + window] for at in range(0, len(wave), window)]
+        pieces += parts
+        counts.append(len(parts))
+    made = _whisper_frames(extractor, pieces)
+    positions = made["input_features"].shape[2] // 8
+    return {"input_features": made["input_features"]}, [positions * n for n in counts]
+
+
+def _granite_speech(extractor: Any, waves: Sequence[Any]) -> Heard:
+    made = extractor([torch.as_tensor(wave) for wave in waves])
+    sizes = made.pop("audio_embed_sizes")
+    return dict(made), [int(n) for n in sizes]
+
+
+def _qwen3_asr(extractor: Any, waves: Sequence[Any]) -> Heard:
+    made = _whisper_frames(extractor, waves, padding=True)
+    mask = made["attention_mask"]
+    frames = mask.sum(1)
+    rest = frames % 100
+    for _ in range(3):  # convolutions of stride 2, over windows of a second
+        rest = (rest - 1) // 2 + 1
+    inputs = {"input_features": made["input_features"], "input_features_mask": mask}
+    return inputs, (rest + 13 * (frames // 100)).tolist()
+
+
+LISTENING: dict[str, Listening] = {
+    "phi4_multimodal": Listening(
+        _phi4_multimodal,
+        plain=("<|user|>", "Transcribe the audio clip into text.<|end|><|assistant|>"),
+    ),
+    "gemma4_unified": Listening(
+        _gemma4_unified,
+        ask="Transcribe the following speech segment in English into English text.",
+        wrap=("boa_token", "eoa_token"),
+    ),
+    "qwen2_audio": Listening(_qwen2_audio, ask="Generate the transcription in English:"),
+    "voxtral": Listening(
+        _voxtral,
+        plain=("<s>[INST][BEGIN_AUDIO]", "[/INST]lang:en[TRANSCRIBE]"),
+        padded_to=30.0,
+    ),
+    "granite_speech": Listening(
+        _granite_speech, ask="can you transcribe the speech into a written format?"
+    ),
+    "qwen3_asr": Listening(_qwen3_asr, ask="", answer="language English<asr_text>"),
+}
+"""`config.model_type` to how it listens."""
+
+
+class OtherProcessor(ClipPrompts):
+    """A model's own feature extractor and tokenizer, with a prompt that asks for a transcript."""
+
+    def __init__(self, extractor: Any, tokenizer: Any, listening: Listening, speech: Anatomy):
+        self.feature_extractor = extractor
+        self.tokenizer = tokenizer
+        self.listening = listening
+        self._speech = speech
+        if speech.audio_token_id is None:
+            raise UsageError("the model's config names no token for audio")
+        self.audio_token_id = speech.audio_token_id
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        self.before, self.after, end = self._words()
+        self._before, self._after = self._tokens(self.before), self._tokens(self.after)
+        ends = self._tokens(end)
+        self._end_id = ends[0] if ends else tokenizer.eos_token_id
+
+    @property
+    def speech(self) -> Anatomy:
+        return self._speech
+
+    @property
+    def end_id(self) -> int:
+        return self._end_id
+
+    def features(self, audio: Any, sampling_rate: int) -> tuple[BatchFeature, list[int]]:
+        """What the class's own feature extractor makes of waves."""
+        if sampling_rate != SAMPLE_RATE:
+            raise ValueError(f"audio is at {sampling_rate} Hz: give {SAMPLE_RATE} Hz")
+        inputs, counts = self.listening.hear(self.feature_extractor, audio)
+        return BatchFeature(inputs), counts
+
+    def positions_of(self, n_samples: int) -> int:
+        seconds = n_samples / SAMPLE_RATE
+        if step := self.listening.padded_to:
+            seconds = math.ceil(seconds / step) * step
+        return math.ceil(seconds / self.speech.seconds) + 2  # windows round up
+
+    def _around(self, middle: list[int]) -> list[int]:
+        return [*self._before, *middle, *self._after]
+
+    def _words(self) -> tuple[str, str, str]:
+        """Text before and after the audio, and what ends an answer."""
+        asked, tokenizer = self.listening, self.tokenizer
+        audio = tokenizer.convert_ids_to_tokens(self.audio_token_id)
+        wrap = [getattr(tokenizer, name, None) or "" for name in asked.wrap if name]
+        opening, closing = wrap or ("", "")
+        if not getattr(tokenizer, "chat_template", None):
+            if asked.plain is None:
+                raise UsageError(
+                    "the model's tokenizer has no chat template, and melprobe knows no other way "
+                    "to ask it"
+                )
+            return asked.plain[0] + opening, closing + asked.plain[1], ""
+        said = [{"type": "text", "text": asked.ask}] if asked.ask else []
+        heard: Any = [{"type": "audio"}, *said]
+        text = self._chat(heard, "")
+        if text.count(audio) != 1:  # a template for text alone
+            heard = audio + asked.ask
+            text = self._chat(heard, "")
+        if text.count(audio) != 1:
+            raise UsageError(
+                f"the model's chat template puts {text.count(audio)} audio tokens ({audio}) "
+                "where one clip is given"
+            )
+        before, after = text.split(audio)
+        answered = self._chat(heard, "ANSWER").partition("ANSWER")[2]
+        return before + opening, closing + after + asked.answer, answered.lstrip()
+
+    def _tokens(self, text: str) -> list[int]:
+        """Ids of a prompt's text; Mistral's tokenizer doesn't read its markup as tokens."""
+        ids: list[Any] = []
+        for piece in re.split(r"(<[^<>\s]+>|\[/?[A-Z_]+\])", text):
+            token = self.tokenizer.convert_tokens_to_ids(piece) if piece else None
+            known = piece[:1] in "<[" and token not in (None, self.tokenizer.unk_token_id)
+            ids += [token] if known else self._encode(piece)
+        return ids
+
+    def _chat(self, content: Any, answer: str) -> str:
+        turns = [{"role": "user", "content": content}]
+        if answer:
+            turns.append({"role": "assistant", "content": answer})
+        return self.tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=not answer
+        )
+
+
+def load_other(
+    name: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    device_map: str | None = None,
+) -> tuple[PreTrainedModel, OtherProcessor]:
+    """A speech LLM by hub id or folder, in eval mode, with what asks it.
+
+    device_map: as in transformers, in place of `device`, for a model that one device can't hold.
+    Raises UsageError for a class that has no adapter, and for what isn't there.
+    """
+    config = read_other_config(name)
+    kind = config.model_type
+    try:
+        model = AutoModelForMultimodalLM.from_pretrained(name, dtype=dtype, device_map=device_map)
+        extractor = AutoFeatureExtractor.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ImportError, ValueError) as error:
+        raise UsageError(f"--model {name}: {' '.join(str(error).split())}") from None
+    if device is not None and device_map is None:
+        model.to(device)
+    model.generation_config = token_ids_only(model.generation_config)
+    processor = OtherProcessor(extractor, tokenizer, LISTENING[kind], KNOWN[kind](config))
+    ends = model.generation_config.eos_token_id
+    known = ends if isinstance(ends, list) else [ends]
+    if processor.end_id not in known:  # the end of its turn ends a transcript
+        found = [end for end in known if end is not None]
+        model.generation_config.eos_token_id = [*found, processor.end_id]
+    return model.eval(), processor
+
+
+def read_other_config(name: str) -> Any:
+    """A speech LLM's configuration; UsageError where there is none, or no adapter for it."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"--model {name}: no such model on the hub or on disk ({' '.join(str(error).split())})"
+        ) from None
+    if config.model_type not in LISTENING:
+        raise UsageError(
+            f"--model {name}: {config.model_type} has no adapter; there are "
+            f"{', '.join(LISTENING)}. docs/other-models.md shows what one needs"
+        )
+    return config
+
+
+def weights_hash(name: str) -> str:
+    """The hub's hash of the model's revision, or of a folder sha256 over its weights."""
+    if commit := getattr(read_other_config(name), "_commit_hash", None):
+        return commit
+    digest = hashlib.sha256()
+    for path in sorted(Path(name).glob("*.safetensors")):
+        digest.update(file_sha256(path).encode())
+    return digest.hexdigest()
+
+
+def weights_gb(name: str, dtype: torch.dtype) -> tuple[float, float]:
+    """Parameters in billions and what they take in GB, counted without loading them."""
+    config = read_other_config(name)
+    with torch.device("meta"):
+        model = AutoModelForMultimodalLM.from_config(config)
+    n = sum(parameter.numel() for parameter in model.parameters())
+    return n / 1e9, n * dtype.itemsize / 1e9
