@@ -23,6 +23,7 @@ from melprobe.hooks.cuts import BlockChange, bypass, knock_out, skip, watch_bloc
 from melprobe.hooks.layers import decoder_blocks
 from melprobe.hooks.lora import without_lora
 from melprobe.hooks.parts import Part, ablate
+from melprobe.hooks.patching import Entering, attribution, patch, watch_entering
 from melprobe.hooks.replay import Replay
 from melprobe.model import checkpoint
 from melprobe.model.inference import AnswerScores, answer_scores, transcribe
@@ -107,6 +108,36 @@ class Listener:
     ) -> AbstractContextManager[None]:
         """Replace what attention, MLPs or heads contribute; see `melprobe.hooks.parts`."""
         return ablate(self.model, parts, positions, values)
+
+    def entering(self, waves: Sequence[np.ndarray], positions: str = "speech") -> Entering:
+        """What enters each block at these positions of a batch of waves, for `patch`."""
+        inputs = self.processor(waves).to(self.model.device)
+        with torch.no_grad(), watch_entering(self.model, positions) as seen:
+            self.model(**inputs, logits_to_keep=1)
+        return seen
+
+    def patch(
+        self, entering: Mapping[int, Sequence[Tensor]], positions: str = "speech"
+    ) -> AbstractContextManager[None]:
+        """Put what entered blocks in another run into this one; see `melprobe.hooks.patching`.
+
+        Each clip must be as long as in the other run.
+        """
+        return patch(self.model, entering, positions)
+
+    def attribution(
+        self,
+        clean: Sequence[np.ndarray],
+        corrupted: Sequence[np.ndarray],
+        texts: Sequence[str],
+        positions: str = "speech",
+    ) -> Tensor:
+        """(L, B) what patching each block would change of each text's NLL, to first order, nat.
+
+        See `melprobe.hooks.patching.attribution`.
+        """
+        inputs = self.processor(corrupted, [plain_text(t) for t in texts]).to(self.model.device)
+        return attribution(self.model, inputs, self.entering(clean, positions), positions)
 
     def without_lora(self, layers: Iterable[int]) -> AbstractContextManager[None]:
         """Run blocks on the base model's weights inside a `with`; see `melprobe.hooks.lora`."""

@@ -80,17 +80,23 @@ def answer_scores(
     texts: Sequence[str],
 ) -> AnswerScores:
     """Score one batch of references under their audio."""
-    inputs = processor(waves, list(texts)).to(model.device)
-    kinds = position_kinds(
-        inputs["input_ids"],
-        anatomy(model).audio_token_id,
-        inputs["attention_mask"],
-        labels := inputs.pop("labels"),
-    )
+    return score_tokens(*_answer_logits(model, processor(waves, list(texts)).to(model.device)))
+
+
+def answer_nll(model: PreTrainedModel, inputs: BatchFeature) -> Tensor:
+    """NLL of all answers that `labels` mark in a batch, summed, nat; with a gradient."""
+    logits, targets = _answer_logits(model, inputs)
+    return F.cross_entropy(logits.float(), targets[targets != -100], reduction="sum")
+
+
+def _answer_logits(model: PreTrainedModel, inputs: BatchFeature) -> tuple[Tensor, Tensor]:
+    """Logits (N, V) where an answer's token is foretold, and those tokens (B, S), else -100."""
+    rest = {key: value for key, value in inputs.items() if key != "labels"}
+    labels, speech = inputs["labels"], anatomy(model).audio_token_id
+    kinds = position_kinds(inputs["input_ids"], speech, inputs["attention_mask"], labels)
     targets = F.pad(labels[:, 1:], (0, 1), value=-100)
     with kinds_are(kinds):
-        logits = logits_at(model, targets != -100, **inputs, use_cache=False)
-    return score_tokens(logits, targets)
+        return logits_at(model, targets != -100, **rest, use_cache=False), targets
 
 
 def logits_at(model: PreTrainedModel, where: Tensor, **inputs: Any) -> Tensor:
