@@ -3,9 +3,10 @@
 Cuts each decoder block in turn (or one set of blocks) at the speech positions, measures what that
 costs, and writes a report. A block does two things for a position: it works on what stands there,
 and lets other positions read it. --skip-layers takes the first away, --knockout the second,
---bypass-layers both. --ablate-attention and --ablate-mlp take one part of the work. --without-lora
-leaves the block and takes away what speech training changed in it. Stopped and started again, a
-study goes on where it was.
+--bypass-layers both. --ablate-attention and --ablate-mlp take one part of the work. --patch puts in
+what enters the block when the model hears something else: from which block on is nothing read there
+any more? --without-lora leaves the block and takes away what speech training changed in it. Stopped
+and started again, a study goes on where it was.
 """
 
 import json
@@ -44,6 +45,7 @@ CUTS: dict[str, tuple[CutName, str]] = {
     "--bypass-layers": ("bypass", "bypass"),
     "--ablate-attention": ("no-attention", "take attention out of"),
     "--ablate-mlp": ("no-mlp", "take the MLP out of"),
+    "--patch": ("patch", "put another run's residual into"),
     "--without-lora": ("without-lora", "switch LoRA off in"),
 }
 
@@ -69,9 +71,10 @@ def parser() -> Parser:
     )
     p.add_argument(
         "--by",
-        choices=("zero", "mean", "resample"),
-        help="with --ablate-...: what stands in its place: nothing (the default), its mean over "
-        "the clips, or what it is for another clip",
+        metavar="WHAT",
+        help="with --ablate-...: what stands in its place: zero (the default), mean (over the "
+        "clips) or resample (what it is for another clip); with --patch: the run it comes from, "
+        "resample (another clip, the default) or noise:DB (the same clip in noise DB below it)",
     )
     p.add_argument(
         "--readers",
@@ -198,7 +201,7 @@ def default_out(options: Any, question: Question, name: str) -> Path:
     seed = f"-seed{options.seed}" if options.seed else ""
     hidden = f"-from-{question.readers}" if question.readers else ""
     hidden += f"-beyond-{question.beyond:g}" if question.beyond else ""
-    by = f"-{question.by}" if question.by not in ("", "zero") else ""
+    by = f"-{options.by}" if options.by not in (None, "zero") else ""
     how = f"{question.cut}{by}-{question.positions}{hidden}{layers}-n{options.limit}{seed}".replace(
         ":", "-"
     )

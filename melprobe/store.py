@@ -54,7 +54,7 @@ class Row:
     run: str
     condition: str
     """intact, swapped (hears another clip), or a cut: skip, knock-out, bypass, no-attention,
-    no-mlp, without-lora"""
+    no-mlp, patch, without-lora"""
     layer: str = ""
     """"" for intact and swapped, else the blocks that were cut: "7" or "3,5-8" """
     utterance: str
@@ -79,6 +79,8 @@ class Row:
     """1 − mean cos(h_l, h_l+1) of the intact model at the study's positions; single layers only"""
     angular_distance: float | None = None
     """mean arccos cos(h_l, h_l+1) / π at the study's positions; single layers only"""
+    attribution: float | None = None
+    """change of NLL that a patch is to make, to first order, nat; single patched layers only"""
 
 
 SQL_TYPES = {

@@ -49,6 +49,7 @@ def synthetic_layer(layer: int | str, damage: float, rng: np.random.Generator, *
         "substitutions": errors - insertions - deletions,
         "deletions": deletions,
         "insertions": insertions,
+        "attribution": None,
         "zero_by_construction": False,
         "picked_by": [],
         **changes,
@@ -63,7 +64,7 @@ def synthetic_results(damages: Sequence[float], *, passed: bool = True) -> Resul
     last = {"delta_wer": 0.0, "zero_by_construction": True, **nothing}
     layers.append(synthetic_layer(len(damages) - 1, 0.0, rng, **last))
     return {
-        "schema": 3,
+        "schema": 4,
         "run": "synthetic",
         "question": {
             "cut": "skip",
@@ -71,6 +72,7 @@ def synthetic_results(damages: Sequence[float], *, passed: bool = True) -> Resul
             "readers": "",
             "beyond": 0.0,
             "by": "",
+            "source_noise_db": 0.0,
             "layers": "each block in turn",
         },
         "checkpoint": {

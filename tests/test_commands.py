@@ -3,8 +3,10 @@
 import json
 import re
 import shutil
+import zlib
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import soundfile
@@ -16,6 +18,7 @@ from melprobe.analysis.protocol import answer_limit, noisy
 from melprobe.analysis.question import Question
 from melprobe.analysis.sweep import swap_partners
 from melprobe.analysis.wer import count_errors
+from melprobe.audio.augment import add_noise
 from melprobe.audio.load import BadAudio, load_utterance
 from melprobe.corpus.manifest import Utterance, read_manifest, write_manifest
 from melprobe.corpus.text import plain_text
@@ -161,7 +164,8 @@ def test_other_cuts_have_rows_scores_and_words_of_their_own(folder, option, cut,
     found, rows = results(run), pd.read_parquet(run / "rows.parquet")
     positions = "all" if cut == "without-lora" else "speech"
     expected = {"cut": cut, "positions": positions, "layers": "each block in turn"}
-    assert found["question"] == {"readers": "", "beyond": 0.0, "by": "", **expected}
+    rest = {"readers": "", "beyond": 0.0, "by": "", "source_noise_db": 0.0}
+    assert found["question"] == {**rest, **expected}
     assert set(rows.condition) == {"intact", "swapped", cut}
     last = found["layers"][-1]  # it is read there by what comes after
     assert last["kl"] > 0 and not last["zero_by_construction"]
@@ -217,6 +221,10 @@ def test_a_study_says_what_the_model_does_under_the_same_cut(folder, sweep):
         (["--skip-layers", "--lengths", "2"], "--lengths 2: give seconds from and to"),
         (["--skip-layers", "--lengths", "7-9"], "no clip lasts so long; they last 0.40 to 0.90"),
         (["--skip-layers", "--by", "mean"], "--by goes with --ablate-attention"),
+        (["--ablate-mlp", "--by", "median"], "take zero, mean or resample"),
+        (["--patch", "--by", "noise"], "take resample (another clip) or noise:DB"),
+        (["--patch", "--by", "zero"], "take resample (another clip) or noise:DB"),
+        (["--patch", "--positions", "all"], "two runs answer with other words"),
         (["--ablate-mlp", "--by", "resample", "--positions", "text"], "another clip's answer"),
         (["--knockout", "--positions", "all"], "nothing to hide them from"),
         (["--knockout", "--positions", "text"], "nothing to hide them from"),
@@ -227,7 +235,7 @@ def test_a_study_says_what_the_model_does_under_the_same_cut(folder, sweep):
         (["--skip-layers", "--device", "abacus"], "device 'abacus': take cpu, cuda"),
         (
             [],
-            "--ablate-mlp --without-lora is required",
+            "--ablate-mlp --patch --without-lora is required",
         ),
     ],
 )
@@ -437,3 +445,32 @@ def test_a_model_that_was_told_where_to_listen_says_so(folder, tmp_path):
     found = results(tmp_path / "run")
     assert found["checkpoint"]["targets_after"] == [1, 2]
     assert "right after blocks 1 and 2, which draws hearing down to there" in found["warnings"][0]
+
+
+@pytest.mark.parametrize(
+    ("by", "says"),
+    [("resample", "another clip of like length"), ("noise:3", "the same clip in noise 3 dB below")],
+)
+def test_patches_come_from_another_run(folder, by, says):
+    run = folder / f"patch-{by[:5]}"
+    ablate.main(arguments(folder, "--patch", "--by", by, "--out", str(run)))
+    found, rows = results(run), pd.read_parquet(run / "rows.parquet")
+    assert says in (run / "report.html").read_text()
+    assert not any(layer["zero_by_construction"] for layer in found["layers"])
+    assert all(layer["attribution"] is not None for layer in found["layers"])
+    # Row for row what the library gives.
+    utterances = read_manifest(folder / "data.jsonl")
+    clips, texts = [load_utterance(u) for u in utterances], [u.text for u in utterances]
+    others = [np.resize(clips[i], len(clips[k])) for k, i in enumerate(swap_partners(utterances))]
+    if by != "resample":
+        rngs = [np.random.default_rng(zlib.crc32(u.id.encode())) for u in utterances]
+        others = [add_noise(clip, 3.0, rng) for clip, rng in zip(clips, rngs, strict=True)]
+    lm = melprobe.load(folder / "model", device="cpu", dtype=torch.float32)
+    entering, first_order = lm.entering(others), lm.attribution(others, clips, texts)
+    patched = rows[rows.condition == "patch"].set_index(["layer", "utterance"])
+    for layer in range(N_LAYERS):
+        with lm.patch({layer: entering[layer]}):
+            expected = lm.score(clips, texts).nll
+        measured = patched.loc[[(str(layer), u.id) for u in utterances]]
+        assert measured.nll.tolist() == pytest.approx(expected.tolist(), abs=1e-3)
+        assert measured.attribution.tolist() == pytest.approx(first_order[layer].tolist(), abs=1e-3)

@@ -181,7 +181,7 @@ def test_missing_or_odd_runs_are_usage_errors(sweep, tmp_path):
     with pytest.raises(UsageError, match=r"gate\.passed: Field required"):
         render(tmp_path)
     (tmp_path / "results.json").write_text(json.dumps(good | {"schema": 1}))
-    with pytest.raises(UsageError, match="schema 1, but this melprobe reads 3"):
+    with pytest.raises(UsageError, match="schema 1, but this melprobe reads 4"):
         render(tmp_path)
     infinite = copy.deepcopy(good)
     infinite["baseline"]["wer_ci"] = [0, float("inf")]

@@ -59,6 +59,7 @@ def score_layers(
             "kl": _ratio(cut.kl, cut.answer_tokens),
             "block_influence": _mean(cut.block_influence),
             "angular_distance": _mean(cut.angular_distance),
+            "attribution": _first_order(cut),
             **_error_kinds(cut),
             "zero_by_construction": label == unread,
         }
@@ -133,6 +134,13 @@ def _ratio(numerator: pd.Series, denominator: pd.Series) -> float:
 
 def _mean(values: pd.Series) -> float | None:
     return None if values.isna().all() else float(values.mean())
+
+
+def _first_order(cut: pd.DataFrame) -> float | None:
+    """Estimated ΔNLL of a patch, nat per answer token."""
+    if cut.attribution.isna().all():
+        return None
+    return _ratio(cut.attribution, cut.answer_tokens)
 
 
 def _limits(interval: Interval) -> tuple[float, float] | None:

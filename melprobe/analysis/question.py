@@ -13,12 +13,13 @@ from melprobe.corpus.manifest import Utterance
 from melprobe.errors import UsageError
 from melprobe.hooks.layers import parse_layers
 from melprobe.hooks.parts import Part, PartName
+from melprobe.hooks.patching import check_patched_positions
 from melprobe.hooks.positions import Kind, parse_positions, patches_between
 from melprobe.model.prompts import ClipPrompts
 from melprobe.report.reading import EACH_BLOCK
 
-CutName = Literal["skip", "knock-out", "bypass", "no-attention", "no-mlp", "without-lora"]
-By = Literal["", "zero", "mean", "resample"]
+CutName = Literal["skip", "knock-out", "bypass", "no-attention", "no-mlp", "patch", "without-lora"]
+By = Literal["", "zero", "mean", "resample", "noise"]
 PARTS: dict[CutName, PartName] = {"no-attention": "attention", "no-mlp": "mlp"}
 
 
@@ -35,7 +36,9 @@ class Question(NamedTuple):
     """Of a knock-out of speech from speech: seconds within which it is read."""
 
     by: By = ""
-    """Of parts of blocks: what stands in the place of what they contribute."""
+    """Of parts of blocks and of patches: what stands in the place of what belongs there."""
+    source_noise_db: float = 0.0
+    """Of a patch by noise: how far below the clip that is."""
 
     def parts(self, layers: Sequence[int]) -> list[Part]:
         """The parts of these blocks that are replaced; none where blocks are cut as wholes."""
@@ -104,7 +107,7 @@ class Question(NamedTuple):
         that it is made at, or the readers of a knock-out.
         """
         changed = self.readers if self.cut == "knock-out" else self.positions
-        if not changed or self.cut in {"bypass", "without-lora"}:
+        if not changed or self.cut in {"bypass", "patch", "without-lora"}:
             return None
         selection = parse_positions(changed)
         before_answer = Kind.PROMPT if processor.after else Kind.SPEECH
@@ -161,21 +164,44 @@ def asked(options: Any, cuts: dict[str, CutName]) -> Question:
     parse_positions(positions)
     if options.readers is not None:
         parse_positions(options.readers)
-    if options.by and cut not in PARTS:
-        raise UsageError("--by goes with --ablate-attention and --ablate-mlp")
-    by: By = options.by or ("zero" if cut in PARTS else "")
+    by, source_noise_db = _by(options.by, cut)
+    if cut == "patch":
+        check_patched_positions(positions)
     if by == "resample" and parse_positions(positions).kinds != (Kind.SPEECH,):
         raise UsageError(
             f"--by resample --positions {positions}: another clip's answer is none to this one; "
             "take speech positions"
         )
-    question = Question(cut, positions, layers, options.readers or "", options.beyond, by)
+    question = Question(
+        cut, positions, layers, options.readers or "", options.beyond, by, source_noise_db
+    )
     speech = question.positions == question.readers == "speech"
     if not 0 <= question.beyond < math.inf or (question.beyond and not speech):
         raise UsageError(
             f"--beyond {question.beyond:g}: give seconds, with --positions speech --readers speech"
         )
     return question
+
+
+def _by(text: str | None, cut: CutName) -> tuple[By, float]:
+    """What `--by` says, and the decibels of `noise:DB`."""
+    if cut == "patch":
+        name, _, decibels = (text or "resample").partition(":")
+        try:
+            if name == "noise" and math.isfinite(snr_db := float(decibels)):
+                return "noise", snr_db
+        except ValueError:
+            pass
+        if text in (None, "resample"):
+            return "resample", 0.0
+        raise UsageError(f"--patch --by {text}: take resample (another clip) or noise:DB")
+    if cut in PARTS:
+        if text in (None, "zero", "mean", "resample"):
+            return text or "zero", 0.0  # type: ignore[return-value]
+        raise UsageError(f"--by {text}: take zero, mean or resample")
+    if text:
+        raise UsageError("--by goes with --ablate-attention, --ablate-mlp and --patch")
+    return "", 0.0
 
 
 def _patches(seconds: tuple[float, float], wave: np.ndarray, processor: ClipPrompts) -> list[int]:

@@ -4,6 +4,7 @@ Batch by batch, so that the intact model's logits (for KL) are held for one batc
 row by row into the store, so that a study which was stopped goes on.
 """
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -14,11 +15,13 @@ from torch import Tensor
 
 from melprobe.analysis.question import Question
 from melprobe.analysis.wer import count_errors, normalise
+from melprobe.audio.augment import add_noise
 from melprobe.corpus.manifest import Utterance
 from melprobe.corpus.text import plain_text
 from melprobe.errors import UsageError
 from melprobe.hooks.layers import format_layers
 from melprobe.hooks.parts import Part, in_place, watch_means, watch_parts
+from melprobe.hooks.patching import Entering
 from melprobe.hooks.replay import Heard, Replay, Variant
 from melprobe.listener import Listener
 from melprobe.model.inference import batches_by_length, kl_per_clip
@@ -157,6 +160,9 @@ class StudyBatch:
                 parts = question.parts(layers)
                 ablated = partial(listener.ablate, parts, where, self._values(parts))
                 return Variant(ablated, lowest)
+            case "patch":
+                entering = {layer: self._of_others[layer] for layer in layers}
+                return Variant(partial(listener.patch, entering, where), lowest)
             case "without-lora":
                 return Variant(partial(listener.without_lora, layers), lowest, by_position=False)
 
@@ -169,6 +175,31 @@ class StudyBatch:
                 where = self.replay.where(self.study.question.positions)
                 return {part: in_place(self._of_partners[part], where) for part in parts}
         return {}
+
+    @cached_property
+    def _other_waves(self) -> list[np.ndarray]:
+        """What the run hears that patches come from: as long as each clip."""
+        if self.study.question.by == "resample":
+            pairs = zip(self._waves, self._swapped_waves, strict=True)
+            return [np.resize(other, len(wave)) for wave, other in pairs]
+        snr_db = self.study.question.source_noise_db
+        # Seeded by the clip, so that a study that goes on meets the same noise.
+        return [
+            add_noise(wave, snr_db, np.random.default_rng(zlib.crc32(u.id.encode())))
+            for wave, u in zip(self._waves, self.utterances, strict=True)
+        ]
+
+    @cached_property
+    def _of_others(self) -> Entering:
+        """What enters each block in that run."""
+        return self.listener.entering(self._other_waves, self.study.question.positions)
+
+    @cached_property
+    def attribution(self) -> Tensor:
+        """(L, B) change of each clip's NLL under a patch of each block, to first order, nat."""
+        positions = self.study.question.positions
+        waves = (self._other_waves, self._waves)  # here the run that is patched is the clean one
+        return self.listener.attribution(*waves, self.texts, positions)
 
     @cached_property
     def _of_partners(self) -> dict[Part, list[Tensor]]:
@@ -198,7 +229,7 @@ def _fill(
     change = batch.replay.block_change(study.question.positions)
 
     def keep(condition: str, label: str, heard: Heard) -> None:
-        rows = _rows(batch, condition, label, heard, _turned(change, label))
+        rows = _rows(batch, condition, label, heard, _beside(batch, label, change))
         store.add(rows)
         advance(len(rows))
 
@@ -219,8 +250,9 @@ def _rows(
     condition: str,
     label: str,
     heard: Heard,
-    turned: tuple[Tensor, Tensor] | None,
+    beside: Mapping[str, Tensor],
 ) -> list[Row]:
+    """beside: (B,) of each score that needs no cut."""
     answers = batch.listener.processor.batch_decode(heard.answers)
     rows = []
     for i, (u, hypothesis) in enumerate(zip(batch.utterances, answers, strict=True)):
@@ -243,13 +275,20 @@ def _rows(
                 insertions=errors.insertions,
                 reference_words=errors.reference_words,
                 seconds=heard.seconds / len(answers),
-                block_influence=1 - turned[0][i].item() if turned else None,
-                angular_distance=turned[1][i].item() if turned else None,
+                **{name: values[i].item() for name, values in beside.items()},
             )
         )
     return rows
 
 
-def _turned(change: list[tuple[Tensor, Tensor]], label: str) -> tuple[Tensor, Tensor] | None:
-    """(B,) cosine and angle of a single block; a set of blocks has none."""
-    return change[int(label)] if label.isdecimal() else None
+def _beside(
+    batch: StudyBatch, label: str, change: list[tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    """What can be said of a single block without cutting it, (B,); a set of blocks has none."""
+    if not label.isdecimal():
+        return {}
+    cosine, angle = change[int(label)]
+    found = {"block_influence": 1 - cosine, "angular_distance": angle}
+    if batch.study.question.cut == "patch":
+        found["attribution"] = batch.attribution[int(label)]
+    return found

@@ -43,6 +43,9 @@ CUTS = {
         "knock out", "knocking out", "knocked out", "No single block’s reading is needed {}"
     ),
     "bypass": Cut("bypass", "bypassing", "bypassed", "No single block is needed {}"),
+    "patch": Cut(
+        "patch", "patching", "patched", "No block still reads what stands {}"
+    ),
     "without-lora": Cut(
         "no LoRA in",
         "switching LoRA off in",

@@ -14,20 +14,22 @@ from typing_extensions import TypedDict
 
 from melprobe.errors import UsageError
 
-SCHEMA = 3
+SCHEMA = 4
 Interval = tuple[FiniteFloat, FiniteFloat]
 
 
 class Question(TypedDict):
-    cut: Literal["skip", "knock-out", "bypass", "no-attention", "no-mlp", "without-lora"]
+    cut: Literal["skip", "knock-out", "bypass", "no-attention", "no-mlp", "patch", "without-lora"]
     positions: str
     """speech, text, prompt, answer, bos, all, or times of speech such as speech:0.5-1.2"""
     readers: str
     """positions that a knock-out hides them from; "" for all others"""
     beyond: float
     """seconds of speech that a knock-out of speech from speech leaves to be read; 0 for none"""
-    by: Literal["", "zero", "mean", "resample"]
-    """what stands in the place of a part that is taken out"""
+    by: Literal["", "zero", "mean", "resample", "noise"]
+    """what stands in the place of a part that is taken out, or of a residual that is patched"""
+    source_noise_db: float
+    """of a patch by noise: how far below the clip that is"""
     layers: str
     """"each block in turn", "windows:4", "prefixes", "suffixes", "greedy", "picks:4", or a set such
     as "3,5-8" """
@@ -103,6 +105,8 @@ class Layer(TypedDict):
     kl: float
     block_influence: float | None
     angular_distance: float | None
+    attribution: float | None
+    """what attribution patching says of delta_nll; of single patched blocks"""
     substitutions: int
     deletions: int
     insertions: int

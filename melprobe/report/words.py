@@ -34,6 +34,9 @@ EFFECTS = {
     "that was needed.",
     "no-mlp": "what the MLP adds to the residual there {}. If the transcript suffers, that was "
     "needed.",
+    "patch": "what enters the block there is exchanged for what enters it when the model hears {}. "
+    "Blocks below have read the right clip. If the transcript suffers, this block or one above it "
+    "still reads what stands there.",
     "without-lora": "the block is then the base model’s, as it was before speech training. If the "
     "transcript suffers, what the training changed there was needed. It does not say what training "
     "without LoRA there would give: other blocks could then have made up for it.",
@@ -76,7 +79,7 @@ def question(results: Results) -> str:
     if not series:
         who = names(results["layers"])
         what = f"{who} are {done} together" if who.startswith("blocks") else f"{who} is {done}"
-    effect = EFFECTS[results["question"]["cut"]].format(INSTEAD[results["question"]["by"]])
+    effect = EFFECTS[results["question"]["cut"]].format(instead(results))
     if readers := results["question"]["readers"]:
         who = f"{reading.places(readers)} don’t read"
         effect = effect.replace("nothing that stands elsewhere reads", who)
@@ -90,6 +93,16 @@ def question(results: Results) -> str:
         f"Here {what} {PLACES[name].format(when)}: "
         f"{effect}"
     )
+
+
+def instead(results: Results) -> str:
+    """What stands in the place of what belongs there."""
+    asked = results["question"]
+    if asked["cut"] != "patch":
+        return INSTEAD[asked["by"]]
+    if asked["by"] == "resample":
+        return "another clip of like length"
+    return f"the same clip in noise {asked['source_noise_db']:g} dB below it"
 
 
 def sample(results: Results) -> str:
