@@ -43,9 +43,7 @@ CUTS = {
         "knock out", "knocking out", "knocked out", "No single block’s reading is needed {}"
     ),
     "bypass": Cut("bypass", "bypassing", "bypassed", "No single block is needed {}"),
-    "patch": Cut(
-        "patch", "patching", "patched", "No block still reads what stands {}"
-    ),
+    "patch": Cut("patch", "patching", "patched", "No block still reads what stands {}"),
     "without-lora": Cut(
         "no LoRA in",
         "switching LoRA off in",
@@ -141,6 +139,8 @@ def headline(results: Results) -> str:
         return _set_headline(results["layers"][0], cut(results), where, margin)
     if series(results) in SERIES:
         return _series_headline(results)
+    if results["question"]["cut"] == "patch":
+        return _patch_headline(results["layers"], where, margin)
     groups: dict[Outcome, list[Layer]] = {kind: [] for kind in OUTCOMES}
     for layer in by_damage(results["layers"]):
         groups[outcome(layer, margin)].append(layer)
@@ -161,6 +161,31 @@ def headline(results: Results) -> str:
             f"{names(groups['built-in'])} {verb} nothing by construction, which is no finding"
         )
     return "; ".join(parts) + "."
+
+
+def _patch_headline(layers: Sequence[Layer], where: str, margin: float) -> str:
+    """A patch of one block is felt by it and all above: so how far up anything is still read."""
+    kinds = [outcome(layer, margin) for layer in layers]
+    reading = [i for i, kind in enumerate(kinds) if kind == "costly"]
+    top = reading[-1] if reading else -1
+    parts = []
+    if reading:
+        last = layers[top]
+        above = "" if top == len(layers) - 1 else " or one above it"
+        parts.append(
+            f"what stands {where} is still read by {names([last])}{above} "
+            f"({equals(number(last['damage']))} {interval(last['damage_ci'])} when what enters it "
+            "is exchanged)"
+        )
+    rest = range(top + 1, len(layers))
+    if unread := [layers[i] for i in rest if kinds[i] == "spare"]:
+        parts.append(
+            f"exchanging what enters {names(unread)} costs less than {equals(margin)}, whole band "
+            "included"
+        )
+    if undecided := [layers[i] for i in rest if kinds[i] == "open"]:
+        parts.append(f"{names(undecided)} stay{'s' * (len(undecided) == 1)} undecided")
+    return _sentence("; ".join(parts)) + "."
 
 
 def _set_headline(layer: Layer, how: Cut, where: str, margin: float) -> str:

@@ -119,8 +119,11 @@ def damage(results: Results) -> Caption:
         f"{names([layer])} {number(layer['damage'])}" for layer in reading.by_damage(layers)[:3]
     )
     what, marks = ("one block", "blocks") if each else ("blocks together", "sets of blocks")
+    title = "What each block is worth" if each else "What blocks are worth together"
+    if each and results["question"]["cut"] == "patch":
+        title = "What is still read from each block on"
     return Caption(
-        "What each block is worth" if each else "What blocks are worth together",
+        title,
         f"Normalised damage d of {ing} {what} {place(results)}: 0 is the intact model, 1 a "
         f"model that hears another clip instead. Below {margin:g}, the shaded margin, the scale is "
         f"linear, above it logarithmic. Lines are simultaneous 95 % bands over all {marks} "
