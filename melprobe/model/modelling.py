@@ -157,13 +157,15 @@ class MelLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             loss = F.cross_entropy(logits.float(), targets[labelled])
         else:
             if isinstance(logits_to_keep, int):
-                # A slice leaves gaps between the rows, and then torch would copy the output weights
-                # for every row: four fifths of the time of a pass that keeps the answer alone.
-                hidden = hidden[:, -logits_to_keep:].contiguous()
+                hidden = hidden[:, -logits_to_keep:]
             else:
                 mask = logits_to_keep.dtype == torch.bool
                 hidden = hidden[logits_to_keep] if mask else hidden[:, logits_to_keep]
-            logits = self.get_output_embeddings()(hidden)
+            # As one list of rows: a slice leaves gaps between them (for a single clip they count as
+            # contiguous all the same), and then torch would copy the output weights for every row,
+            # which took four fifths of the time of a pass that keeps the answer alone.
+            rows = hidden.flatten(0, -2)
+            logits = self.get_output_embeddings()(rows).unflatten(0, hidden.shape[:-1])
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
