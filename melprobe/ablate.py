@@ -42,6 +42,7 @@ from melprobe.model.checkpoint import (
     read_config,
     weights_file,
 )
+from melprobe.model.exit import check_reached
 from melprobe.report.examples import chosen_utterances, clip_path
 from melprobe.report.html import render
 from melprobe.report.reading import EACH_BLOCK
@@ -169,6 +170,7 @@ def prepare(
     """
     config = read_config(checkpoint)
     n_layers = config.text_config.num_hidden_layers
+    check_reached(config, range(n_layers))  # any cut is compared with what all blocks did
     sets = question.layer_sets(n_layers, lora_blocks(checkpoint, n_layers))
     listed = of_length(read_manifest(manifest), options.lengths)
     drawn = choose(listed, options.limit, options.seed)
