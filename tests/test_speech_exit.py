@@ -314,7 +314,7 @@ def test_the_command_writes_a_model_that_others_load_and_hear_with(folder, tmp_p
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--speech-exit", "3"], "speech exit 3: take a block from 0 to 2; above the last"),
+        (["--speech-exit", "3"], "speech exit 3: take a block from 0 to 2; block 3 is the last"),
         (["--speech-exit", "-1"], "speech exit -1: take a block from 0 to 2"),
         (["--speech-exit", "one"], "invalid int value"),
         (["--speech-exit", "1", "--layers", "2"], "not allowed with argument"),

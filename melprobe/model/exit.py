@@ -37,8 +37,8 @@ def check_exit(model: Any, after: int) -> None:
     blocks, config = decoder_blocks(model), model.get_decoder().config
     if not 0 <= after < len(blocks) - 1:
         raise UsageError(
-            f"speech exit {after}: take a block from 0 to {len(blocks) - 2}; above the last of "
-            f"them, block {len(blocks) - 1}, there is nothing to save"
+            f"speech exit {after}: take a block from 0 to {len(blocks) - 2}; block "
+            f"{len(blocks) - 1} is the last, so leaving after it saves nothing"
         )
     windows = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
     kinds = getattr(config, "layer_types", None) or [windows] * len(blocks)
