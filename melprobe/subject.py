@@ -17,6 +17,7 @@ from melprobe.model.checkpoint import (
     read_config,
     weights_file,
 )
+from melprobe.model.exit import check_reached
 from melprobe.model.others import read_other_config, weights_gb, weights_hash
 from melprobe.wheels import file_sha256
 
@@ -50,7 +51,9 @@ def find_subject(options: Any) -> Subject:
 
 
 def _checkpoint(folder: Path) -> Subject:
-    n_layers = read_config(folder).text_config.num_hidden_layers
+    config = read_config(folder)
+    n_layers = config.text_config.num_hidden_layers
+    check_reached(config, range(n_layers))  # any cut is compared with what all blocks did
 
     def read(options: Any, merge: bool) -> Listener:
         dtype = DTYPES.get(options.dtype)

@@ -29,9 +29,7 @@ from transformers import PreTrainedModel
 from melprobe.errors import UsageError
 from melprobe.hooks.layers import check_layers, decoder_blocks
 from melprobe.hooks.positions import Kind, PositionTracker, parse_positions
-
-# Attention that takes a mask with a row for each query; flash attention does not.
-_MASKED_ATTENTION = {"sdpa", "eager"}
+from melprobe.model.exit import MASKED_ATTENTION, check_reached
 
 
 def skip(
@@ -61,6 +59,7 @@ def knock_out(
         return
     blocks = decoder_blocks(model)
     chosen = check_layers(layers, len(blocks))
+    check_reached(model.config, chosen)
     kinds = [parse_positions(where).kinds for where in (positions, readers)]
     if beyond and kinds != [(Kind.SPEECH,)] * 2:
         raise UsageError(f"beyond {beyond:g} s: only speech is far from speech in seconds")
@@ -107,6 +106,7 @@ def cut(
     """
     blocks = decoder_blocks(model)
     chosen = check_layers(layers, len(blocks))
+    check_reached(model.config, chosen)
     if not read:
         _check_attention(model)
 
@@ -154,6 +154,7 @@ def watch_blocks(model: PreTrainedModel, positions: str = "speech") -> Iterator[
     Clips with no such position give NaN.
     """
     blocks = decoder_blocks(model)
+    check_reached(model.config, range(len(blocks)))
     change = BlockChange(len(blocks))
 
     def measure(layer: int) -> Any:
@@ -203,7 +204,7 @@ def _hide(block: nn.Module, unread: Callable[[], Tensor]) -> RemovableHandle:
 
 def _check_attention(model: PreTrainedModel) -> None:
     decoder: Any = model.get_decoder()
-    if (attention := decoder.config._attn_implementation) not in _MASKED_ATTENTION:
+    if (attention := decoder.config._attn_implementation) not in MASKED_ATTENTION:
         raise UsageError(
             f"attention {attention!r} can't hide positions: load the model with "
             "attn_implementation='sdpa'"

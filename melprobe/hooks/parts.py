@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from melprobe.errors import UsageError
 from melprobe.hooks.layers import check_layers, decoder_blocks
 from melprobe.hooks.positions import PositionTracker
+from melprobe.model.exit import check_reached
 
 PartName = Literal["attention", "mlp", "head"]
 
@@ -187,7 +188,7 @@ def _changing(model: PreTrainedModel, part: Part, change: Any) -> Iterator[None]
 
 def _check(model: PreTrainedModel, parts: Iterable[Part]) -> list[Part]:
     chosen, blocks = sorted(set(parts), key=str), decoder_blocks(model)
-    check_layers((part.layer for part in chosen), len(blocks))
+    check_reached(model.config, check_layers((part.layer for part in chosen), len(blocks)))
     n_heads = _n_heads(model)
     for part in chosen:
         if part.name == "head" and (part.head is None or not 0 <= part.head < n_heads):

@@ -24,6 +24,7 @@ from melprobe.errors import UsageError
 from melprobe.hooks.layers import check_layers, decoder_blocks
 from melprobe.hooks.parts import in_place
 from melprobe.hooks.positions import PositionTracker, parse_positions
+from melprobe.model.exit import check_reached
 from melprobe.model.inference import answer_nll
 
 Entering = dict[int, list[Tensor]]
@@ -42,6 +43,7 @@ def watch_entering(model: PreTrainedModel, positions: str = "speech") -> Iterato
 
         return hook
 
+    check_reached(model.config, range(len(decoder_blocks(model))))
     with ExitStack() as stack:
         tracker = stack.enter_context(PositionTracker.watching(model, positions))
         for layer, block in enumerate(decoder_blocks(model)):
@@ -64,6 +66,7 @@ def patch(
     check_patched_positions(positions)
     blocks = decoder_blocks(model)
     layers = check_layers(entering, len(blocks))
+    check_reached(model.config, layers)
 
     def put(layer: int) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -36,6 +36,7 @@ from melprobe.hooks.anatomy import anatomy
 from melprobe.hooks.cuts import hide_keys, residuals, turn
 from melprobe.hooks.layers import decoder_blocks
 from melprobe.hooks.positions import Kind, kinds_are, position_kinds, rows_of, selected
+from melprobe.model.exit import check_reached
 from melprobe.model.inference import greedy_ids, logits_at, score_tokens
 from melprobe.model.prompts import ClipPrompts
 
@@ -108,6 +109,7 @@ class Replay:
         self.max_new_tokens = max_new_tokens
         self.blocks = decoder_blocks(model)
         self.speech = anatomy(model)
+        check_reached(model.config, range(len(self.blocks)))
         self.end_ids = _end_ids(model)
         prompts = processor(waves).to(model.device)
         start = time.perf_counter()

@@ -27,6 +27,8 @@ class MelLLMConfig(PreTrainedConfig):
     conv_channels: channels of the `conv` front.
     audio_attention: whether patches may look ahead inside their own span.
     audio_token_id: placeholder id that the processor puts where patches go.
+    speech_exit: the block after which patches leave the decoder; None when they run through it
+        (see `melprobe.model.exit`).
     base, base_sha256: name and weight hash of the language model it grew from, which adapters sit
         on; empty when it grew from none.
     """
@@ -43,6 +45,7 @@ class MelLLMConfig(PreTrainedConfig):
         conv_channels: int = 128,
         audio_attention: AudioAttention = "causal",
         audio_token_id: int = -1,
+        speech_exit: int | None = None,
         base: str = "",
         base_sha256: str = "",
         **kwargs: Any,
@@ -60,6 +63,7 @@ class MelLLMConfig(PreTrainedConfig):
         self.conv_channels = conv_channels
         self.audio_attention = audio_attention
         self.audio_token_id = audio_token_id
+        self.speech_exit = speech_exit
         self.base = base
         self.base_sha256 = base_sha256
         tied = getattr(self.text_config, "tie_word_embeddings", False)

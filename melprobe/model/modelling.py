@@ -6,6 +6,7 @@ of interventions (`melprobe.hooks`).
 Shapes: B batch, S sequence positions, T mel frames, M mel bins, P patches, D width, V vocabulary.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from melprobe.audio.mel import FRAMES_PER_SECOND
 from melprobe.errors import UsageError
 from melprobe.model.adapter import ADAPTER, merged_state
 from melprobe.model.config import MelLLMConfig
+from melprobe.model.exit import check_exit, speech_leaves
 from melprobe.model.front import FRONTS
 
 
@@ -38,6 +40,8 @@ class MelLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.audio_front = FRONTS[config.audio_front](config)
+        if config.speech_exit is not None:
+            check_exit(self, config.speech_exit)
         self.post_init()
 
     @classmethod
@@ -137,18 +141,22 @@ class MelLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self._check_room(rows, past + width, position_ids, attention_mask, feature_attention_mask)
         if position_ids is None and attention_mask is not None and past_key_values is None:
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        leaving: AbstractContextManager[None] = nullcontext()
+        if self.config.speech_exit is not None and (not past or input_features is not None):
+            leaving = self._speech_exit(input_ids, attention_mask, int(past), kwargs)
         if self.config.audio_attention == "bidirectional" and input_features is not None:
             attention_mask = self._audio_span_mask(
                 input_ids, inputs_embeds, attention_mask, past_key_values, position_ids
             )
-        outputs = self.get_decoder()(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        with leaving:
+            outputs = self.get_decoder()(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
         hidden, loss = outputs.last_hidden_state, None
         if labels is not None:
             targets = F.pad(labels[:, 1:], (0, 1), value=-100)
@@ -157,13 +165,15 @@ class MelLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             loss = F.cross_entropy(logits.float(), targets[labelled])
         else:
             if isinstance(logits_to_keep, int):
-                # A slice leaves gaps between the rows, and then torch would copy the output weights
-                # for every row: four fifths of the time of a pass that keeps the answer alone.
-                hidden = hidden[:, -logits_to_keep:].contiguous()
+                hidden = hidden[:, -logits_to_keep:]
             else:
                 mask = logits_to_keep.dtype == torch.bool
                 hidden = hidden[logits_to_keep] if mask else hidden[:, logits_to_keep]
-            logits = self.get_output_embeddings()(hidden)
+            # As one list of rows: a slice leaves gaps between them (for a single clip they count as
+            # contiguous all the same), and then torch would copy the output weights for every row,
+            # which took four fifths of the time of a pass that keeps the answer alone.
+            flat = hidden.flatten(0, -2)
+            logits = self.get_output_embeddings()(flat).unflatten(0, hidden.shape[:-1])
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -198,6 +208,26 @@ class MelLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     f"clip {row + 1} of {rows} in the batch{seconds} takes {used} positions with "
                     f"its text, and the decoder has {limit}: cut the clip"
                 )
+
+    def _speech_exit(
+        self, input_ids: Tensor | None, attention_mask: Any, past: int, asked: dict[str, Any]
+    ) -> AbstractContextManager[None]:
+        """What makes speech leave the decoder in the coming pass, where the pass has any."""
+        if input_ids is None:
+            raise ValueError("speech_exit finds the patches in input_ids")
+        for name in ("output_hidden_states", "output_attentions"):
+            if asked.get(name, getattr(self.get_decoder().config, name, False)):
+                raise UsageError(
+                    f"{name}: above block {self.config.speech_exit}, where speech leaves this "
+                    "model, there is none for all positions"
+                )
+        speech = input_ids == self.config.audio_token_id
+        if not speech.any():
+            return nullcontext()
+        text = ~speech
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+            text &= attention_mask[:, past : past + speech.shape[1]].bool()
+        return speech_leaves(self, speech, text, past)
 
     def _audio_span_mask(
         self,
