@@ -28,10 +28,11 @@ from melprobe.analysis.question import CutName, Question, asked
 from melprobe.analysis.sweep import LayerStudy, run_layer_study, swap_partners
 from melprobe.audio.load import SAMPLE_RATE, load_usable
 from melprobe.corpus.manifest import find_manifest, read_manifest
-from melprobe.errors import Parser, check_writable, run
+from melprobe.errors import Parser, UsageError, check_writable, run
 from melprobe.hooks.positions import POSITIONS
 from melprobe.listener import DTYPES, Listener
 from melprobe.model.checkpoint import DEFAULT
+from melprobe.model.memory import default_budget_mb
 from melprobe.report.examples import chosen_utterances, clip_path
 from melprobe.report.html import render
 from melprobe.report.reading import EACH_BLOCK
@@ -104,6 +105,12 @@ def parser() -> Parser:
     p.add_argument("--seed", type=int, default=0, help="chooses the utterances and resamples them")
     p.add_argument("--device", help="cpu, cuda or cuda:N; the best there is by default")
     p.add_argument("--dtype", choices=DTYPES, help="by default what the device multiplies fast")
+    p.add_argument(
+        "--memory",
+        type=int,
+        metavar="MB",
+        help="for what batches hold, beside the weights (2000; on a GPU half of what is free)",
+    )
     p.add_argument("--on-bad-audio", choices=("error", "skip"), default="error")
     p.add_argument("--out", type=Path, help="folder of the run; by default under reports/")
     return p
@@ -166,6 +173,8 @@ def prepare(
 
     can be refused before the model has run.
     """
+    if options.memory is not None and options.memory < 1:
+        raise UsageError(f"--memory {options.memory}: give megabytes, such as 2000")
     sets = question.layer_sets(subject.n_layers, subject.with_lora)
     listed = of_length(read_manifest(manifest), options.lengths)
     drawn = choose(listed, options.limit, options.seed)
@@ -188,7 +197,9 @@ def prepare(
         question=question,
         layer_sets=sets,
         max_new_tokens=answer_limit(listener, usable),
+        memory_mb=options.memory or default_budget_mb(listener.model),
     )
+    study.batches(listener)  # a clip that doesn't fit is refused before any has run
     return listener, study, left_out
 
 

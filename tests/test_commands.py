@@ -1,10 +1,12 @@
 """The layer study as a user runs it; good input and bad."""
 
 import json
+import math
 import re
 import shutil
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,7 +18,7 @@ import melprobe
 from melprobe import ablate, evaluate, transcribe
 from melprobe.analysis.protocol import answer_limit, noisy
 from melprobe.analysis.question import Question
-from melprobe.analysis.sweep import swap_partners
+from melprobe.analysis.sweep import LayerStudy, StudyBatch, clip_bytes, swap_partners
 from melprobe.analysis.wer import count_errors
 from melprobe.audio.augment import add_noise
 from melprobe.audio.load import BadAudio, load_utterance
@@ -24,10 +26,11 @@ from melprobe.corpus.manifest import Utterance, read_manifest, write_manifest
 from melprobe.corpus.text import plain_text
 from melprobe.errors import UsageError
 from melprobe.hooks.parts import Part, in_place, watch_means, watch_parts
+from melprobe.model.memory import peak_bytes
 from melprobe.report.html import render
 from melprobe.report.reading import EACH_BLOCK
 from tests.tiny import N_CLIPS as N
-from tests.tiny import N_LAYERS, tiny_listener, waves
+from tests.tiny import N_LAYERS, WORDS, tiny_listener, waves
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +225,7 @@ def test_a_study_says_what_the_model_does_under_the_same_cut(folder, sweep):
         (["--skip-layers", "--lengths", "7-9"], "no clip lasts so long; they last 0.40 to 0.90"),
         (["--skip-layers", "--by", "mean"], "--by goes with --ablate-attention"),
         (["--ablate-mlp", "--by", "median"], "take zero, mean or resample"),
+        (["--skip-layers", "--memory", "0"], "--memory 0: give megabytes"),
         (["--patch", "--by", "noise"], "take resample (another clip) or noise:DB"),
         (["--patch", "--by", "zero"], "take resample (another clip) or noise:DB"),
         (["--patch", "--positions", "all"], "two runs answer with other words"),
@@ -474,3 +478,28 @@ def test_patches_come_from_another_run(folder, by, says):
         measured = patched.loc[[(str(layer), u.id) for u in utterances]]
         assert measured.nll.tolist() == pytest.approx(expected.tolist(), abs=1e-3)
         assert measured.attribution.tolist() == pytest.approx(first_order[layer].tolist(), abs=1e-3)
+
+
+def test_memory_bounds_what_a_study_holds():
+    """Measured on a tiny model, whose blocks matter less and logits more than a real one's."""
+    lm, clips = tiny_listener(), waves(*np.linspace(0.5, 3.0, 12))
+    utterances = [
+        Utterance(str(i), Path(f"{i}.wav"), f"{WORDS[i]} please", len(w) / 16_000)
+        for i, w in enumerate(clips)
+    ]
+    question = Question("skip", "speech", EACH_BLOCK)
+    sizes = [clip_bytes(lm, wave, u.text, 20) for wave, u in zip(clips, utterances, strict=True)]
+    study = LayerStudy("run", utterances, clips, swap_partners(utterances), question, [[0]], 20)
+    small = replace(study, memory_mb=math.ceil(2 * max(sizes) / 1e6))
+    assert len(study.batches(lm)) == 1 < len(small.batches(lm))
+    assert sorted(i for batch in small.batches(lm) for i in batch) == list(range(12))
+    with pytest.raises(UsageError, match=r"11.wav: takes \d+ MB in a study, and there are 0"):
+        replace(study, memory_mb=0).batches(lm)
+    weights = sum(p.nbytes for p in (*lm.model.parameters(), *lm.model.buffers()))
+
+    def hear():
+        batch = StudyBatch(lm, study, list(range(12)))
+        batch.swapped  # noqa: B018
+        list(batch.replay.hear_each([batch.variant([0])]))
+
+    assert 0.3 < (peak_bytes(lm.model, hear) - weights) / sum(sizes) < 1.2

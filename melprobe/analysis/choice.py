@@ -99,7 +99,7 @@ class Trials:
     ):
         self.study, self.store, self.advance = with_means(listener, study), store, advance
         self.batches, intact, swapped = [], 0.0, 0.0
-        for places in study.batches(listener.processor):
+        for places in study.batches(listener):
             batch = StudyBatch(listener, self.study, places, max_new_tokens=0)
             intact += batch.replay.intact.nll.sum().item()
             swapped += batch.swapped.intact.nll.sum().item()

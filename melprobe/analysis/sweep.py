@@ -25,7 +25,7 @@ from melprobe.hooks.patching import Entering
 from melprobe.hooks.replay import Heard, Replay, Variant
 from melprobe.listener import Listener
 from melprobe.model.inference import batches_by_length, kl_per_clip
-from melprobe.model.prompts import ClipPrompts
+from melprobe.model.memory import study_bytes
 from melprobe.store import Key, Row, RowStore
 
 
@@ -41,8 +41,8 @@ class LayerStudy:
     question: Question
     layer_sets: Sequence[Sequence[int]]
     max_new_tokens: int
-    batch_positions: int = 2048
-    """Padded sequence positions in a batch: bounds memory."""
+    memory_mb: int = 2000
+    """for what batches hold, beside the weights: half for clips, half for decoding variants"""
     means: Mapping[Part, Tensor] = field(default_factory=dict)
     """of parts that are replaced by them; see `with_means`"""
 
@@ -51,16 +51,24 @@ class LayerStudy:
         """All parts that it replaces."""
         return {part for layers in self.layer_sets for part in self.question.parts(layers)}
 
-    def batches(self, processor: ClipPrompts) -> list[list[int]]:
-        """Clips of like length together, with room for prompt, reference and draft."""
-        lengths = [
-            processor.positions_of(len(wave))
-            + len(processor.text_prompt(""))
-            + len(processor.answer_ids(plain_text(u.text)))
-            + self.max_new_tokens
+    def batches(self, listener: Listener) -> list[list[int]]:
+        """Clips of like length together, as many as the memory allows.
+
+        UsageError when one of them doesn't fit alone.
+        """
+        sizes = [
+            clip_bytes(listener, wave, u.text, self.max_new_tokens)
             for u, wave in zip(self.utterances, self.waves, strict=True)
         ]
-        return list(batches_by_length(lengths, self.batch_positions))
+        most = self.memory_mb * 500_000
+        if max(sizes) > most:
+            u = self.utterances[sizes.index(max(sizes))]
+            raise UsageError(
+                f"{u.where}: {u.audio}: takes {max(sizes) / 1e6:.0f} MB in a study, and there are "
+                f"{most / 1e6:.0f} for clips (half of --memory {self.memory_mb}): give more memory "
+                "or cut the clip"
+            )
+        return list(batches_by_length(sizes, most))
 
     def of(self, places: Sequence[int]) -> "LayerStudy":
         """The same on some of the clips, which swap their audio among themselves."""
@@ -71,6 +79,12 @@ class LayerStudy:
             waves=[self.waves[i] for i in places],
             partners=swap_partners(utterances),
         )
+
+
+def clip_bytes(listener: Listener, wave: np.ndarray, text: str, max_new_tokens: int) -> int:
+    """About what a clip takes in a batch; see `melprobe.model.memory.study_bytes`."""
+    answers = len(listener.processor.answer_ids(plain_text(text))) + max_new_tokens
+    return study_bytes(listener.model, listener.positions(wave, answers), answers)
 
 
 def swap_partners(utterances: Sequence[Utterance]) -> list[int]:
@@ -99,7 +113,7 @@ def run_layer_study(
     """Fill `store` with the rows that are missing; `advance(n)` hears of each n rows done."""
     done = store.done()
     study = with_means(listener, study)
-    for places in study.batches(listener.processor):
+    for places in study.batches(listener):
         _fill(StudyBatch(listener, study, places), store, done, advance)
 
 
@@ -109,7 +123,7 @@ def with_means(listener: Listener, study: LayerStudy) -> LayerStudy:
     if question.by != "mean" or study.means:
         return study
     with watch_means(listener.model, study.parts, question.positions) as means:
-        for places in study.batches(listener.processor):
+        for places in study.batches(listener):
             texts = [study.utterances[i].text for i in places]
             listener.score([study.waves[i] for i in places], texts)
     return replace(study, means=means.values())
@@ -241,7 +255,9 @@ def _fill(
         del batch.swapped  # its logits are as large as all the rest
     cuts = [label for condition, label in missing if condition == cut]
     variants = (batch.variant(sets[label]) for label in cuts)
-    for label, heard in zip(cuts, batch.replay.hear_each(variants), strict=True):
+    for label, heard in zip(
+        cuts, batch.replay.hear_each(variants, study.memory_mb // 2), strict=True
+    ):
         keep(cut, label, heard)
 
 

@@ -6,6 +6,9 @@ from itertools import accumulate
 
 import torch
 from torch.autograd.profiler import profile
+from transformers import PreTrainedModel
+
+from melprobe.hooks.anatomy import anatomy
 
 
 def peak_bytes(model: torch.nn.Module, work: Callable[[], object]) -> int:
@@ -24,3 +27,38 @@ def peak_bytes(model: torch.nn.Module, work: Callable[[], object]) -> int:
     live = accumulate(event.nbytes() for event in events)
     tensors = (*model.parameters(), *model.buffers())
     return sum(tensor.nbytes for tensor in tensors) + max(live, default=0)
+
+
+# Bytes of a 10 ms frame in a spectrogram's making: window, complex spectrum and power, in float32.
+_FRAME = 400 * 4 * 2 + 257 * (8 + 4)
+
+
+def study_bytes(model: PreTrainedModel, positions: int, answer_tokens: int) -> int:
+    """How many bytes one clip takes in a layer study's batch at most, roughly, weights apart.
+
+    positions: of its prompt, reference and draft; answer_tokens: of both answers. Counted: the
+    residuals and the cache of the intact run and of the run with swapped audio, one more cache and
+    a block's activations for the variant that runs, logits, which a study keeps in float32, and
+    the spectrogram, which is as large as a small model's residuals.
+    """
+    config = model.config.get_text_config()
+    width, blocks, size = config.hidden_size, config.num_hidden_layers, model.dtype.itemsize
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    residuals = (blocks + 1) * width
+    cache = 2 * blocks * heads * head
+    block = 4 * width + 3 * config.intermediate_size
+    masks = positions  # a byte for each pair of positions
+    per_position = size * (2 * residuals + 3 * cache + block) + masks
+    per_token = config.vocab_size * (2 * size + 3 * torch.float32.itemsize)
+    seconds = anatomy(model).seconds  # nan for a model that only reads
+    per_position += int(100 * seconds * _FRAME) if seconds > 0 else 0
+    return positions * per_position + answer_tokens * per_token
+
+
+def default_budget_mb(model: PreTrainedModel) -> int:
+    """Half of what a GPU has free, and 2 GB on a CPU."""
+    if model.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(model.device)
+        return max(1, free // 2_000_000)
+    return 2000
