@@ -23,6 +23,7 @@ from rich.progress import Progress
 
 from melprobe.analysis.choice import choose_sets, halves
 from melprobe.analysis.findings import describe_data, layer_findings
+from melprobe.analysis.healing import add_healed_rows, describe_healing, heal, healing_recipe
 from melprobe.analysis.protocol import answer_limit, choose, leave_out_too_long, noisy, of_length
 from melprobe.analysis.question import CutName, Question, asked
 from melprobe.analysis.sweep import LayerStudy, run_layer_study, swap_partners
@@ -30,7 +31,7 @@ from melprobe.audio.load import SAMPLE_RATE, load_usable
 from melprobe.corpus.manifest import find_manifest, read_manifest
 from melprobe.errors import Parser, UsageError, check_writable, run
 from melprobe.hooks.positions import POSITIONS
-from melprobe.listener import DTYPES, Listener
+from melprobe.listener import DTYPES, Listener, load
 from melprobe.model.checkpoint import DEFAULT
 from melprobe.model.memory import default_budget_mb
 from melprobe.report.examples import chosen_utterances, clip_path
@@ -89,6 +90,13 @@ def parser() -> Parser:
         metavar="SECONDS",
         help="with --knockout --readers speech: hide only what sounds so much earlier",
     )
+    p.add_argument(
+        "--heal",
+        type=int,
+        metavar="STEPS",
+        help="with --skip-layers and a set: train LoRA and front with it skipped, for so many "
+        "steps on the checkpoint's own data, and measure again",
+    )
     p.add_argument("--checkpoint", help=f"name under checkpoints/, or a folder ({DEFAULT})")
     p.add_argument(
         "--model",
@@ -135,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "noise_db": options.noise,
         "seed": options.seed,
         "max_new_tokens": study.max_new_tokens,
+        "heal": options.heal,
         "dtype": str(listener.model.dtype),
         "device": listener.model.device.type,
     }
@@ -149,6 +158,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows_due = len(study.utterances) * (2 + len(study.layer_sets))
             bar = progress.add_task("cutting", total=rows_due)
             run_layer_study(listener, study, store, partial(progress.advance, bar))
+        if options.heal is not None:
+            folder = heal(subject, study, options.heal, out / "healing")
+            healed = load(folder, device=options.device, dtype=listener.model.dtype)
+            add_healed_rows(listener, healed, study, store)
         store.export_parquet(out / "rows.parquet")
         rows = store.frame()
     results = layer_findings(
@@ -158,6 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint=subject.describe(listener),
         data=describe_data(options.data, manifest, study, left_out, options.noise, options.lengths),
         unread=question.unread_block(listener.processor, listener.n_layers, study.waves),
+        healing=options.heal and describe_healing(out / "healing"),
         seed=options.seed,
         words=words,
     )
@@ -176,6 +190,10 @@ def prepare(
     if options.memory is not None and options.memory < 1:
         raise UsageError(f"--memory {options.memory}: give megabytes, such as 2000")
     sets = question.layer_sets(subject.n_layers, subject.with_lora)
+    if options.heal is not None:
+        if question.cut != "skip" or len(sets) != 1 or question.chooses:
+            raise UsageError("--heal goes with --skip-layers and one set of blocks, such as 25-28")
+        healing_recipe(subject, options.heal, out / "healing")
     listed = of_length(read_manifest(manifest), options.lengths)
     drawn = choose(listed, options.limit, options.seed)
     usable, waves, left_out = load_usable(drawn, options.on_bad_audio)
@@ -210,6 +228,7 @@ def default_out(options: Any, question: Question, name: str) -> Path:
     data += f"-{options.lengths}s" if options.lengths else ""
     data += f"-noise{options.noise:g}dB" if options.noise is not None else ""
     seed = f"-seed{options.seed}" if options.seed else ""
+    layers += f"-healed-{options.heal}" if options.heal is not None else ""
     hidden = f"-from-{question.readers}" if question.readers else ""
     hidden += f"-beyond-{question.beyond:g}" if question.beyond else ""
     by = f"-{options.by}" if options.by not in (None, "zero") else ""

@@ -35,6 +35,8 @@ class Subject(NamedTuple):
     """from a command's options, and whether LoRA is folded in"""
     describe: Callable[[Listener], dict[str, Any]]
     """for results.json"""
+    folder: Path | None = None
+    """of a checkpoint of ours"""
 
 
 def find_subject(options: Any) -> Subject:
@@ -66,6 +68,7 @@ def _checkpoint(folder: Path) -> Subject:
         lambda: file_sha256(weights_file(folder)),
         read,
         lambda listener: describe_checkpoint(folder, listener),
+        folder,
     )
 
 

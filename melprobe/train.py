@@ -13,7 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from melprobe.errors import UsageError, run
 from melprobe.training.loop import fit
-from melprobe.training.recipe import Recipe, SpeechRecipe, read_recipe
+from melprobe.training.recipe import Recipe, SpeechRecipe, read_recipe, write_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _refuse_other_recipe(recipe)
     disable_progress_bar()  # theirs, of loading and saving: ours shows the steps
     task = _task(recipe)  # a recipe that can't begin leaves no folder behind
-    _write_recipe(recipe)
+    write_recipe(recipe)
     log = fit(task, recipe)
     best = recipe.out / "best"  # a run that learns no text has none
     found = f"best checkpoint: {best}" if best.exists() else f"checkpoint: {recipe.out / 'last'}"
@@ -72,13 +72,6 @@ def _refuse_other_recipe(recipe: Recipe) -> None:
             f"{recipe.out}: started with another recipe ({', '.join(fields)} differ); "
             f"take another --out, or delete it"
         )
-
-
-def _write_recipe(recipe: Recipe) -> None:
-    recipe.out.mkdir(parents=True, exist_ok=True)
-    draft = recipe.out / "recipe.draft"
-    draft.write_text(recipe.model_dump_json(indent=2) + "\n")
-    draft.replace(recipe.out / "recipe.json")
 
 
 def _task(recipe: Recipe):

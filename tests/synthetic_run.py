@@ -87,6 +87,7 @@ def synthetic_results(damages: Sequence[float], *, passed: bool = True) -> Resul
             "dtype": "float32",
         },
         "choice": None,
+        "healing": None,
         "data": {
             "name": "synthetic/test",
             "n_utterances": len(SENTENCES),

@@ -31,6 +31,7 @@ def layer_findings(
     checkpoint: Mapping[str, Any],
     data: Mapping[str, Any],
     unread: str | None,
+    healing: Mapping[str, Any] | None,
     seed: int,
     words: Sequence[str],
 ) -> dict[str, Any]:
@@ -44,6 +45,9 @@ def layer_findings(
     ways = chosen.ways if chosen else {}
     for layer, label in zip(scores["layers"], labels, strict=True):
         layer["picked_by"] = ways.get(label, [])
+    if healing:
+        healed = score_layers(rows, "healed", labels, question.positions, unread, seed)["layers"][0]
+        healing = {**healing, "layer": healed | {"picked_by": []}}
     seconds = rows[rows.condition == "intact"].seconds.sum()
     scores["baseline"]["rtfx"] = data["seconds"] / seconds
     command = ["python -m melprobe.ablate", *map(shlex.quote, words)]
@@ -59,6 +63,7 @@ def layer_findings(
             "sets_tried": chosen.n_tried,
             "not_offered": chosen.free,
         },
+        "healing": healing,
         "n_utterances": n,
         **scores,
         **provenance(seed=seed, command=command),

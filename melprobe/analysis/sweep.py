@@ -243,7 +243,7 @@ def _fill(
     change = batch.replay.block_change(study.question.positions)
 
     def keep(condition: str, label: str, heard: Heard) -> None:
-        rows = _rows(batch, condition, label, heard, _beside(batch, label, change))
+        rows = make_rows(batch, condition, label, heard, _beside(batch, label, change))
         store.add(rows)
         advance(len(rows))
 
@@ -261,14 +261,14 @@ def _fill(
         keep(cut, label, heard)
 
 
-def _rows(
+def make_rows(
     batch: StudyBatch,
     condition: str,
     label: str,
     heard: Heard,
     beside: Mapping[str, Tensor],
 ) -> list[Row]:
-    """beside: (B,) of each score that needs no cut."""
+    """Of each clip of the batch; beside: (B,) of each score that needs no cut."""
     answers = batch.listener.processor.batch_decode(heard.answers)
     rows = []
     for i, (u, hypothesis) in enumerate(zip(batch.utterances, answers, strict=True)):

@@ -163,6 +163,21 @@ def headline(results: Results) -> str:
     return "; ".join(parts) + "."
 
 
+def healed(results: Results) -> str:
+    """What healing brought, in a sentence; "" where there was none."""
+    healing = results["healing"]
+    if healing is None or not results["gate"]["passed"]:
+        return ""
+    before, after = results["layers"][0], healing["layer"]
+    return (
+        f"After {healing['steps']:,} steps of training with {names([before])} skipped, d is "
+        f"{number(after['damage'])} {interval(after['damage_ci'])} instead of "
+        f"{number(before['damage'])} {interval(before['damage_ci'])}, and the word error rate "
+        f"{percent(after['wer'])} instead of {percent(before['wer'])} "
+        f"({percent(results['baseline']['wer'])} intact)."
+    )
+
+
 def _patch_headline(layers: Sequence[Layer], where: str, margin: float) -> str:
     """A patch of one block is felt by it and all above: so how far up anything is still read."""
     kinds = [outcome(layer, margin) for layer in layers]

@@ -115,6 +115,17 @@ class Layer(TypedDict):
     """of a set that was chosen by measuring: the ways of choosing that came upon it"""
 
 
+class Healing(TypedDict):
+    """Of a set of blocks: a training with them skipped, and what is then lost."""
+
+    steps: int
+    seconds: float
+    learning_rate: float
+    audio_seconds: float
+    trained_on: list[str]
+    layer: Layer
+
+
 class Margin(TypedDict):
     damage: float
 
@@ -126,6 +137,7 @@ class Results(TypedDict):
     checkpoint: Checkpoint
     data: Data
     choice: Choice | None
+    healing: Healing | None
     n_utterances: int
     seed: int
     baseline: Baseline

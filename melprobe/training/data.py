@@ -143,6 +143,8 @@ class BatchOrder(Sampler[tuple[int, list[str]]]):
         shortest, longest, usable = stage.min_seconds, stage.max_seconds, self.usable[stage.learn]
         fitting = [cut for cut in self.cuts if shortest <= cut.duration <= longest]
         if cuts := [cut for cut in fitting if cut.id in usable]:
+            if len(cuts) == 1:  # the sampler sorts them into buckets by length
+                raise UsageError(f"data.stages.{number}: {cuts[0].id} is its only clip; give two")
             return cuts
         without = f", or none of them has times for {stage.learn}" if fitting else ""
         raise UsageError(

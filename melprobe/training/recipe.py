@@ -299,6 +299,14 @@ def read_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recip
         raise UsageError(f"{path}: {_describe(error)}") from None
 
 
+def write_recipe(recipe: Recipe) -> None:
+    """Leave `recipe.json` in the run's folder."""
+    recipe.out.mkdir(parents=True, exist_ok=True)
+    draft = recipe.out / "recipe.draft"
+    draft.write_text(recipe.model_dump_json(indent=2) + "\n")
+    draft.replace(recipe.out / "recipe.json")
+
+
 def _set_field(fields: dict[str, Any], name: str, value: str) -> None:
     *path, last = [int(part) if part.isdecimal() else part for part in name.split(".")]
     place: Any = fields
