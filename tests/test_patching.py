@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from melprobe.errors import UsageError
+from melprobe.hooks.maps import ResidualMap
 from melprobe.hooks.patching import patch
 from tests.tiny import N_LAYERS, TEXTS, log_probs, tiny_listener, waves
 
@@ -125,3 +126,31 @@ def test_what_cannot_be_patched_is_said(lm, clips):
         raise ZeroDivisionError
     for block in lm.model.get_decoder().layers:
         assert not block._forward_pre_hooks
+
+
+def test_another_model_is_patched_in_through_a_fitted_map(clips, other):
+    """Planted: the other model's residual is this one's, turned and moved."""
+    lm = tiny_listener()
+    turn, _ = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(0)))
+
+    def elsewhere(rows):
+        return [row @ turn + 0.7 for row in rows]
+
+    fitted_on = lm.entering(waves(3.0, 2.5, 2.0, seed=5))
+    fitted = ResidualMap(elsewhere(fitted_on[2]), fitted_on[2], ridge=1e-6)
+    assert fitted.r2 > 0.999999
+    entering = lm.entering(clips)[2]
+    with lm.patch({2: fitted(elsewhere(entering))}):
+        through_map = log_probs(lm, other)
+    with lm.patch({2: entering}):
+        assert torch.allclose(log_probs(lm, other), through_map, atol=1e-3)
+    with lm.patch({2: elsewhere(entering)}):
+        assert not torch.allclose(log_probs(lm, other), through_map, atol=0.1)
+
+
+def test_a_map_needs_the_same_positions_and_enough_of_them(lm, clips):
+    rows = lm.entering(clips)[1]
+    with pytest.raises(UsageError, match="a map needs one for one"):
+        ResidualMap(rows, [row[1:] for row in rows])
+    with pytest.raises(UsageError, match="positions for a map from 32 dimensions"):
+        ResidualMap(rows, rows)
