@@ -6,7 +6,7 @@
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from melprobe.audio.mel import frame_count
 from melprobe.audio.patches import patch_count
 from melprobe.corpus.text import plain_text
 from melprobe.errors import UsageError
+from melprobe.hooks.capture import capture
 from melprobe.hooks.cuts import BlockChange, bypass, knock_out, skip, watch_blocks
 from melprobe.hooks.layers import decoder_blocks
 from melprobe.hooks.lora import without_lora
@@ -29,6 +30,7 @@ from melprobe.model import checkpoint
 from melprobe.model.inference import AnswerScores, answer_scores, transcribe
 from melprobe.model.modelling import MelLLMForConditionalGeneration
 from melprobe.model.processor import MelLLMProcessor
+from melprobe.shards import Caught
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -116,6 +118,20 @@ class Listener:
     def watch_blocks(self, positions: str = "speech") -> AbstractContextManager[BlockChange]:
         """Measure how far each block turns the residual inside a `with`."""
         return watch_blocks(self.model, positions)
+
+    def capture(
+        self,
+        numbers: Iterable[int],
+        positions: str = "speech",
+        dtype: torch.dtype | None = None,
+        *,
+        take: Callable[[Caught], object],
+    ) -> AbstractContextManager[None]:
+        """Hand h_l, for each l of `numbers`, to `take` after every pass inside a `with`.
+
+        Sees what interventions leave; h_l enters block l. See `melprobe.hooks.capture`.
+        """
+        return capture(self.model, numbers, positions, dtype, take=take)
 
 
 def load(
