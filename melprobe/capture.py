@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from transformers import BatchFeature
 
 from melprobe.analysis.findings import checkpoint_name
 from melprobe.analysis.protocol import choose, leave_out_too_long
@@ -32,7 +33,13 @@ from melprobe.corpus.manifest import Utterance, find_manifest, read_manifest
 from melprobe.corpus.text import plain_text
 from melprobe.errors import Parser, UsageError, check_writable, run
 from melprobe.hooks.layers import format_layers, parse_residuals
-from melprobe.hooks.positions import POSITIONS, Kind, parse_positions
+from melprobe.hooks.positions import (
+    POSITIONS,
+    Kind,
+    kinds_are,
+    parse_positions,
+    position_kinds,
+)
 from melprobe.listener import DTYPES, Listener, load
 from melprobe.model.checkpoint import DEFAULT, find_checkpoint, read_config, weights_file
 from melprobe.model.inference import batches_by_length
@@ -187,10 +194,23 @@ def write(
             waves = [load_utterance(utterances[i]) for i in batch]
             inputs = listener.processor(waves, [plain_text(utterances[i].text) for i in batch])
             with listener.capture(*wanted, take=partial(writer.add, numbers=batch)):
-                listener.model(**inputs.to(listener.model.device))
+                hear(listener, inputs.to(listener.model.device))
             heard += sum(map(len, waves))
         advance(len(batch))
     return heard / SAMPLE_RATE
+
+
+def hear(listener: Listener, inputs: BatchFeature) -> None:
+    """Run the blocks over clips with their answers, and nothing behind the blocks.
+
+    Logits would take more memory than all the rest, the more the shorter a batch's clips are.
+    """
+    ids = inputs["input_ids"]
+    answers = {"labels": inputs["labels"], "attention_mask": inputs["attention_mask"]}
+    others = {name: value for name, value in inputs.items() if name != "labels"}
+    with kinds_are(position_kinds(ids, listener.processor.audio_token_id, **answers)):
+        none = torch.zeros_like(ids, dtype=torch.bool)
+        listener.model(**others, use_cache=False, logits_to_keep=none)
 
 
 def records(utterances: Sequence[Utterance]) -> list[dict[str, Any]]:
