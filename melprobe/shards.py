@@ -24,7 +24,7 @@ from melprobe.captured import INDEX, SCHEMA, opened, read_index, shard_path
 from melprobe.errors import UsageError
 from melprobe.store import check_same
 
-_WAITING = 2
+_WAITING = 1
 """Passes that may wait for the disk; the next one waits for them, so memory is bounded."""
 
 
@@ -32,8 +32,10 @@ _WAITING = 2
 class Caught:
     """What one forward pass gave: N rows, clip after clip, each clip's in their order."""
 
-    residuals: dict[int, Tensor]
-    """h_l by l, each (N, D)"""
+    numbers: Sequence[int]
+    """of the residuals, rising"""
+    residuals: Tensor
+    """(R, N, D): h_l for each l of `numbers`"""
     clip: Tensor
     """(N,) the row's place in the batch"""
     position: Tensor
@@ -43,19 +45,55 @@ class Caught:
     seconds: Tensor
     """(N,) middle of the patch, NaN where no patch stands"""
 
+    def h(self, number: int) -> Tensor:
+        """h_number, (N, D)."""
+        return self.residuals[self.numbers.index(number)]
+
     def cpu(self) -> "Caught":
-        h = {number: rows.cpu() for number, rows in self.residuals.items()}
-        others = (x.cpu() for x in (self.clip, self.position, self.kind, self.seconds))
-        return Caught(h, *others)
+        tensors = (self.residuals, self.clip, self.position, self.kind, self.seconds)
+        return Caught(self.numbers, *(tensor.cpu() for tensor in tensors))
 
-    def __getitem__(self, rows: slice) -> "Caught":
-        h = {number: residual[rows] for number, residual in self.residuals.items()}
-        others = (x[rows] for x in (self.clip, self.position, self.kind, self.seconds))
-        return Caught(h, *others)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(residual.nbytes for residual in self.residuals.values())
+class _Open:
+    """The shard that is being filled; its memory serves one shard after another."""
+
+    def __init__(self, like: Caught, room: int):
+        """room: for so many rows."""
+        n, _, width = like.residuals.shape
+        self.numbers, self.room = like.numbers, room
+        self.residuals = like.residuals.new_empty(n, room, width)  # (R, room, D)
+        self.columns = {
+            "utterance": torch.empty(room, dtype=torch.int64),
+            "position": torch.empty(room, dtype=torch.int32),
+            "kind": torch.empty(room, dtype=torch.uint8),
+            "seconds": torch.empty(room, dtype=torch.float32),
+        }
+        self.counts: list[tuple[int, int]] = []
+        """Numbers of utterances, and how many rows each has."""
+        self.n = 0
+
+    def put(self, caught: Caught, rows: slice, number: int) -> None:
+        """Add the rows of an utterance."""
+        here = slice(self.n, self.n + rows.stop - rows.start)
+        # By numpy: torch would wake threads that the forward pass needs.
+        _bytes(self.residuals)[:, here] = _bytes(caught.residuals)[:, rows]
+        self.columns["utterance"][here] = number
+        for name in ("position", "kind", "seconds"):
+            self.columns[name][here] = getattr(caught, name)[rows]
+        self.counts.append((number, here.stop - here.start))
+        self.n = here.stop
+
+    def tensors(self) -> dict[str, Tensor]:
+        rows = {f"h_{x}": h[: self.n] for x, h in zip(self.numbers, self.residuals, strict=True)}
+        return rows | {name: column[: self.n] for name, column in self.columns.items()}
+
+    def clear(self) -> None:
+        self.counts, self.n = [], 0
+
+
+def _bytes(residuals: Tensor) -> np.ndarray:
+    """(R, N, D) of any dtype as bytes, (R, N, D times its size); shares its memory."""
+    return residuals.view(torch.uint8).numpy()
 
 
 class CaptureWriter:
@@ -85,9 +123,7 @@ class CaptureWriter:
         """Of each shard that is there, its utterances' numbers and how many rows each has."""
         self.done: set[int] = set()
         self._finished = False
-        self._pending: list[tuple[int, Caught]] = []
-        self._held = 0
-        """Bytes that are pending."""
+        self._open: _Open | None = None
         self._error: BaseException | None = None
         self._queue: Queue[tuple[Caught, Sequence[int]] | None] = Queue(_WAITING)
         self._thread = Thread(target=self._work, daemon=True)
@@ -163,40 +199,33 @@ class CaptureWriter:
 
     def _keep(self, caught: Caught, numbers: Sequence[int]) -> None:
         counts = torch.bincount(caught.clip, minlength=len(numbers)).tolist()
-        caught, start = caught.cpu(), 0
+        caught, stop = caught.cpu(), 0
+        n_residuals, _, width = caught.residuals.shape
+        room = max(1, self.shard_bytes // (n_residuals * width * caught.residuals.itemsize))
         for number, n in zip(numbers, counts, strict=True):
-            piece, start = caught[start : start + n], start + n
+            rows = slice(stop, stop := stop + n)
             if number in self.done:
                 continue
-            _check_range(piece, self.utterances[number]["utterance"])
-            if self._held + piece.nbytes > self.shard_bytes:
+            _check_range(caught, rows, self.utterances[number]["utterance"])
+            if self._open and self._open.n + n > room:
                 self._close_shard()
-            self._pending.append((number, piece))
-            self._held += piece.nbytes
+            if not self._open or n > self._open.room:  # a clip too large for a shard has its own
+                self._open = _Open(caught, max(room, n))
+            self._open.put(caught, rows, number)
 
     def _close_shard(self) -> None:
-        if not self._pending:
+        if not self._open or not self._open.counts:
             return
-        pieces = [piece for _, piece in self._pending]
-        counts = [(number, len(piece.clip)) for number, piece in self._pending]
-        tensors = {
-            f"h_{number}": torch.cat([piece.residuals[number] for piece in pieces])
-            for number in pieces[0].residuals
-        }
-        tensors["utterance"] = torch.cat([torch.full((n,), number) for number, n in counts])
-        tensors["position"] = torch.cat([piece.position for piece in pieces]).int()
-        tensors["kind"] = torch.cat([piece.kind for piece in pieces]).to(torch.uint8)
-        tensors["seconds"] = torch.cat([piece.seconds for piece in pieces]).float()
         path = shard_path(self.folder, len(self.shards))
         draft = path.with_suffix(".draft")
         try:
-            save_file(tensors, draft, {"rows": json.dumps(counts)})
+            save_file(self._open.tensors(), draft, {"rows": json.dumps(self._open.counts)})
             shutil.copymode(self.folder / INDEX, draft)  # safetensors lets its owner alone read it
             draft.replace(path)
         except (OSError, SafetensorError) as error:  # a full disk, say
             raise UsageError(f"{path}: {error}") from None
-        self._pending, self._held = [], 0
-        self._note(counts)
+        self._note(self._open.counts)
+        self._open.clear()
 
     def _note(self, counts: list[tuple[int, int]]) -> None:
         self.shards.append(counts)
@@ -229,11 +258,11 @@ class CaptureWriter:
         draft.replace(self.folder / INDEX)
 
 
-def _check_range(piece: Caught, utterance: str) -> None:
+def _check_range(caught: Caught, rows: slice, utterance: str) -> None:
     """UsageError where float16, which ends at 65504, could not hold a number."""
-    for number, rows in piece.residuals.items():
-        # By numpy: torch would wake threads that the forward pass needs.
-        if rows.dtype == torch.float16 and not np.isfinite(rows.numpy()).all():
-            raise UsageError(
-                f"h_{number} of {utterance} holds numbers beyond float16: take bfloat16"
-            )
+    if caught.residuals.dtype != torch.float16:
+        return
+    fits = np.isfinite(caught.residuals.numpy()[:, rows]).all((1, 2))
+    if not fits.all():
+        number = caught.numbers[int(fits.argmin())]
+        raise UsageError(f"h_{number} of {utterance} holds numbers beyond float16: take bfloat16")

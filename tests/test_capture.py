@@ -64,7 +64,7 @@ def test_residuals_are_those_of_a_loop_over_the_blocks_and_of_transformers(clips
     inputs = inputs_of(lm, clips)
     there = inputs["attention_mask"].bool()
     for number, expected in enumerate(block_by_block(lm, clips)):
-        assert torch.equal(caught.residuals[number], expected[there])
+        assert torch.equal(caught.h(number), expected[there])
     with torch.no_grad():  # last, since it leaves hooks behind
         output = lm.model.get_decoder()(
             inputs_embeds=block_by_block(lm, clips)[0],
@@ -74,9 +74,9 @@ def test_residuals_are_those_of_a_loop_over_the_blocks_and_of_transformers(clips
             output_hidden_states=True,
         )
         *before, last = output.hidden_states
-        normed = lm.model.get_decoder().norm(caught.residuals[N_LAYERS])
+        normed = lm.model.get_decoder().norm(caught.h(N_LAYERS))
     for number, expected in enumerate(before):
-        assert torch.equal(caught.residuals[number], expected[there])
+        assert torch.equal(caught.h(number), expected[there])
     torch.testing.assert_close(normed, last[there])
 
 
@@ -111,7 +111,7 @@ def test_seconds_choose_patches(lm, clips):
     part = caught_in_one_pass(lm, clips, [2], "speech:0.3-0.6")
     inside = (whole.seconds >= 0.3) & (whole.seconds < 0.6)
     assert 0 < inside.sum() < len(inside)
-    assert torch.equal(part.residuals[2], whole.residuals[2][inside])
+    assert torch.equal(part.h(2), whole.h(2)[inside])
 
 
 def test_while_decoding_every_step_is_a_pass_and_padding_does_not_count(lm, clips):
@@ -134,9 +134,9 @@ def test_under_a_skip_what_leaves_the_block_is_what_entered_it(clips, layer, cap
     first, second = (listen, cut) if capture_first else (cut, listen)
     with first, second:
         lm.score(clips, TEXTS)
-    h, speech = seen[0].residuals, seen[0].kind == Kind.SPEECH
-    assert torch.equal(h[layer + 1][speech], h[layer][speech])
-    assert not torch.equal(h[layer + 1][~speech], h[layer][~speech])
+    h, speech = seen[0].h, seen[0].kind == Kind.SPEECH
+    assert torch.equal(h(layer + 1)[speech], h(layer)[speech])
+    assert not torch.equal(h(layer + 1)[~speech], h(layer)[~speech])
 
 
 def test_capturing_changes_nothing_and_leaves_nothing_behind(lm, clips):
@@ -166,8 +166,8 @@ def test_a_pass_that_fails_hands_out_nothing(lm, clips):
 
 
 def test_what_is_caught_is_rounded_to_the_dtype(lm, clips):
-    exact = caught_in_one_pass(lm, clips, [3]).residuals[3]
-    rounded = caught_in_one_pass(lm, clips, [3], "speech", torch.bfloat16).residuals[3]
+    exact = caught_in_one_pass(lm, clips, [3]).h(3)
+    rounded = caught_in_one_pass(lm, clips, [3], "speech", torch.bfloat16).h(3)
     assert torch.equal(rounded, exact.bfloat16())
 
 
@@ -228,7 +228,7 @@ def test_what_is_read_back_is_what_was_caught(folder, written):
             ]
             assert rows.seconds[mine].notna().tolist() == (rows.kind[mine] == "speech").tolist()
             for number in ALL:
-                expected = seen[0].residuals[number][of_clip]
+                expected = seen[0].h(number)[of_clip]
                 assert torch.equal(captured.residual(number)[torch.tensor(mine)], expected)
 
 

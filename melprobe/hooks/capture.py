@@ -7,7 +7,8 @@ the final norm. A residual's number is its l, so `{3}` is what block 3 reads, no
 The hooks stand behind those of all interventions, whichever began first, so what is caught is what
 they left: under a skip of block l, h_{l+1} is h_l at the skipped positions.
 
-Shapes: B batch, S sequence positions that a pass computes, N of them that are caught, D width.
+Shapes: B batch, S sequence positions that a pass computes, N of them that are caught, R residuals,
+D width.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -49,7 +50,7 @@ def capture(
 
     with ExitStack() as stack:
         tracker = stack.enter_context(PositionTracker.watching(model))
-        running = _Running(tracker, positions, dtype)
+        running = _Running(tracker, chosen, positions, dtype)
         for number in chosen:
             stack.callback(_listen(blocks, number, partial(running.catch, number)).remove)
         stack.callback(model.register_forward_pre_hook(running.begin).remove)
@@ -60,37 +61,53 @@ def capture(
 class _Running:
     """The forward pass that is under way: where its rows stand, and what came by of them."""
 
-    def __init__(self, tracker: PositionTracker, positions: str, dtype: torch.dtype | None):
+    def __init__(
+        self,
+        tracker: PositionTracker,
+        numbers: list[int],
+        positions: str,
+        dtype: torch.dtype | None,
+    ):
         self.tracker = tracker
+        self.numbers = numbers
         self.positions = positions
         self.dtype = dtype
-        self.caught: dict[int, Tensor] = {}
         self.where: Tensor | None = None  # (B, S) bool
         self.places: Tensor  # (N,) of the flattened batch
+        self.caught: Tensor | None = None  # (R, N, D)
 
     def begin(self, *_: Any) -> None:
         """The tracker has seen the inputs: its hook stands in front."""
-        self.caught = {}
         self.where = self.tracker.selected(self.positions)
         self.places = self.where.flatten().nonzero()[:, 0]
+        self.caught = None
 
     def catch(self, number: int, residual: Tensor) -> None:
-        """Keep rows of h_number (B, S, D): a copy, since blocks may write into what they read."""
+        """Copy rows out of h_number (B, S, D).
+
+        All into one large tensor: many small ones among a pass's own would leave gaps in memory
+        when they are freed, and those add up from batch to batch.
+        """
         if self.where is None:
             raise RuntimeError("the decoder ran without the model around it: kinds are unknown")
         places = self.places.to(residual.device)  # blocks may be spread over several
         rows = residual.detach().flatten(0, 1).index_select(0, places)
-        self.caught[number] = rows.to(self.dtype or rows.dtype)
+        if self.caught is None:
+            dtype = self.dtype or rows.dtype
+            self.caught = rows.new_empty(len(self.numbers), *rows.shape, dtype=dtype)
+        self.caught[self.numbers.index(number)] = rows
 
     def end(self) -> Caught:
-        where, self.where = self.where, None
-        assert where is not None
+        where, caught = self.where, self.caught
+        self.where = self.caught = None
+        assert where is not None and caught is not None
         kinds, width = self.tracker.kinds_so_far, where.shape[1]
         position = (kinds != Kind.PADDING).cumsum(1) - 1
         kind = kinds[:, -width:][where]
         middles = self.tracker.middles_so_far()[:, -width:][where]
         return Caught(
-            residuals=dict(sorted(self.caught.items())),
+            numbers=self.numbers,
+            residuals=caught,
             clip=where.nonzero()[:, 0],
             position=position[:, -width:][where],
             kind=kind,
