@@ -6,7 +6,7 @@
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +19,18 @@ from transformers.utils import logging
 
 from melprobe.corpus.text import plain_text
 from melprobe.errors import UsageError
+from melprobe.hooks.capture import capture
 from melprobe.hooks.cuts import BlockChange, bypass, knock_out, skip, watch_blocks
 from melprobe.hooks.layers import decoder_blocks
 from melprobe.hooks.lora import without_lora
 from melprobe.hooks.parts import Part, ablate
-from melprobe.hooks.patching import Entering, attribution, patch, watch_entering
+from melprobe.hooks.patching import Entering, attribution, entering, patch
 from melprobe.hooks.replay import Replay
 from melprobe.model import checkpoint
 from melprobe.model.inference import AnswerScores, answer_scores, transcribe
 from melprobe.model.others import load_other
 from melprobe.model.prompts import ClipPrompts
+from melprobe.shards import Caught
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -111,19 +113,16 @@ class Listener:
 
     def entering(self, waves: Sequence[np.ndarray], positions: str = "speech") -> Entering:
         """What enters each block at these positions of a batch of waves, for `patch`."""
-        inputs = self.processor(waves).to(self.model.device)
-        with torch.no_grad(), watch_entering(self.model, positions) as seen:
-            self.model(**inputs, logits_to_keep=1)
-        return seen
+        return entering(self.model, self.processor(waves).to(self.model.device), positions)
 
     def patch(
-        self, entering: Mapping[int, Sequence[Tensor]], positions: str = "speech"
+        self, values: Mapping[int, Sequence[Tensor]], positions: str = "speech"
     ) -> AbstractContextManager[None]:
         """Put what entered blocks in another run into this one; see `melprobe.hooks.patching`.
 
         Each clip must be as long as in the other run.
         """
-        return patch(self.model, entering, positions)
+        return patch(self.model, values, positions)
 
     def attribution(
         self,
@@ -146,6 +145,20 @@ class Listener:
     def watch_blocks(self, positions: str = "speech") -> AbstractContextManager[BlockChange]:
         """Measure how far each block turns the residual inside a `with`."""
         return watch_blocks(self.model, positions)
+
+    def capture(
+        self,
+        numbers: Iterable[int],
+        positions: str = "speech",
+        dtype: torch.dtype | None = None,
+        *,
+        take: Callable[[Caught], object],
+    ) -> AbstractContextManager[None]:
+        """Hand h_l, for each l of `numbers`, to `take` after every pass inside a `with`.
+
+        Sees what interventions leave; h_l enters block l. See `melprobe.hooks.capture`.
+        """
+        return capture(self.model, numbers, positions, dtype, take=take)
 
 
 def load(

@@ -141,16 +141,7 @@ class RowStore:
                 self._db.executemany("INSERT INTO settings VALUES (?, ?)", new.items())
             return
         old = dict(self._db.execute("SELECT key, value FROM settings"))
-        differing = [
-            _difference(key, old.get(key, "nothing"), new.get(key, "nothing"))
-            for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key)
-        ]
-        if differing:
-            raise UsageError(
-                f"{self.path.parent}: made with other settings ({'; '.join(differing)}); "
-                "use another --out, or the same settings to go on"
-            )
+        check_same(self.path.parent, old, new)
 
     def __enter__(self) -> Self:
         return self
@@ -204,6 +195,23 @@ class RowStore:
         partial = path.with_suffix(".partial")
         self.frame().to_parquet(partial, index=False)
         partial.replace(path)
+
+
+def check_same(folder: Path, old: Mapping[str, str], new: Mapping[str, str]) -> None:
+    """UsageError that names each setting in which a folder's differ from those that are given.
+
+    Values are JSON, so that they look the same whichever way they were kept.
+    """
+    differing = [
+        _difference(key, old.get(key, "nothing"), new.get(key, "nothing"))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    if differing:
+        raise UsageError(
+            f"{folder}: made with other settings ({'; '.join(differing)}); "
+            "use another --out, or the same settings to go on"
+        )
 
 
 def _difference(key: str, old: str, new: str) -> str:

@@ -41,3 +41,18 @@ def test_a_rival_that_is_not_installed_is_named(folder, monkeypatch):
     words = ["--checkpoint", str(folder / "model"), "--data", str(folder / "data.jsonl")]
     with pytest.raises(UsageError, match="--rivals nnsight: `pip install nnsight`"):
         bench.main(["sweep", *words])
+
+
+def test_the_capture_bench_prints_what_it_promises(folder, capsys, monkeypatch):
+    monkeypatch.setattr("melprobe.bench.capture.ROUNDS", 2)
+    words = ["--checkpoint", str(folder / "model"), "--data", str(folder / "data.jsonl")]
+    bench.main(["capture", "--json", *words, "--device", "cpu", "--memory", "2", "8"])
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["utterances"] == N and figures["rows"] > N and figures["shards"] == 1
+    assert figures["ratio"] > 0 and figures["seconds"] > figures["seconds_after"] > 0
+    assert set(figures["peak_mb"]) == {"2", "8"} and min(figures["peak_mb"].values()) > 100
+
+
+def test_the_capture_bench_names_what_it_cannot_do(folder):
+    with pytest.raises(UsageError, match="--memory 0: take a number"):
+        bench.main(["capture", "--memory", "0"])

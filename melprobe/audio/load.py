@@ -6,7 +6,7 @@ words match the text.
 """
 
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -139,18 +139,21 @@ def load_utterance(u: Utterance) -> np.ndarray:
 
 
 def load_usable(
-    utterances: Iterable[Utterance], on_bad: Literal["error", "skip"]
+    utterances: Iterable[Utterance],
+    on_bad: Literal["error", "skip"],
+    load: Callable[[Utterance], np.ndarray] = load_utterance,
 ) -> tuple[list[Utterance], list[np.ndarray], list[str]]:
     """Load all: (utterances, their waves, one line of reason for each that was left out).
 
     With `on_bad="error"` the first bad recording raises; with "skip", having none left does.
+    load: what gives an utterance's wave, or what is to stand for it.
     """
     usable: list[Utterance] = []
     waves: list[np.ndarray] = []
     left_out: list[str] = []
     for utterance in utterances:
         try:
-            wave = load_utterance(utterance)
+            wave = load(utterance)
         except BadAudio as error:
             if on_bad == "error":
                 raise

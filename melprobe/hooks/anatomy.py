@@ -27,6 +27,11 @@ class Anatomy(NamedTuple):
     masks_logits: bool = False
     """Whether `logits_to_keep` may be a mask (B, S), which computes no logits beside it."""
 
+    @property
+    def rate(self) -> float:
+        """Speech positions a second."""
+        return round(1 / self.seconds, 6)
+
     def middle(self, number: Any) -> Any:
         """When speech position `number` (from 0; or a tensor of them) sounds, in seconds.
 

@@ -1,4 +1,8 @@
-"""Sets of decoder blocks, counted from 0: the one place where they are parsed and written."""
+"""Sets of decoder blocks, counted from 0: the one place where they are parsed and written.
+
+Residuals are numbered by the block that they enter: h_l enters block l, and h_L leaves the last of
+L blocks, before the final norm. So there is one more of them than there are blocks.
+"""
 
 from collections.abc import Iterable
 from operator import index
@@ -23,7 +27,19 @@ def decoder_blocks(model: nn.Module) -> nn.ModuleList:
     return blocks
 
 
-def parse_layers(text: str, n_layers: int) -> list[int]:
+def parse_residuals(text: str, n_layers: int) -> list[int]:
+    """Numbers of residuals, 0 to `n_layers`, from a set such as `"0,7,14-20"`, or `"all"`."""
+    if text == "all":
+        return list(range(n_layers + 1))
+    return parse_layers(text, n_layers + 1, "residuals")
+
+
+def check_residuals(numbers: Iterable[int], n_layers: int) -> list[int]:
+    """Sorted distinct numbers of residuals, 0 to `n_layers`, or UsageError."""
+    return check_layers(numbers, n_layers + 1, "residuals")
+
+
+def parse_layers(text: str, n_layers: int, named: str = "blocks") -> list[int]:
     """`"3,5-8"` to [3, 5, 6, 7, 8]; UsageError when malformed, empty or out of range."""
     chosen: set[int] = set()
     for part in text.split(","):
@@ -37,12 +53,12 @@ def parse_layers(text: str, n_layers: int) -> list[int]:
         ends = [int(number) for number in numbers]
         if ends != sorted(ends):
             raise UsageError(f"layers {text!r}: the range {part.strip()!r} runs backwards")
-        check_layers(ends, n_layers)
+        check_layers(ends, n_layers, named)
         chosen.update(range(ends[0], ends[-1] + 1))
-    return check_layers(chosen, n_layers)
+    return check_layers(chosen, n_layers, named)
 
 
-def check_layers(layers: Iterable[int], n_layers: int) -> list[int]:
+def check_layers(layers: Iterable[int], n_layers: int, named: str = "blocks") -> list[int]:
     """Sorted distinct layers, all of them inside the model, or UsageError with what there is."""
     try:
         chosen = sorted({index(layer) for layer in layers})
@@ -50,7 +66,7 @@ def check_layers(layers: Iterable[int], n_layers: int) -> list[int]:
         raise UsageError(f"layers {layers!r}: give a set of layers such as {{3, 5}}") from None
     if wrong := [layer for layer in chosen if not 0 <= layer < n_layers]:
         raise UsageError(
-            f"layers {', '.join(map(str, wrong))}: this model has blocks 0 to {n_layers - 1}"
+            f"layers {', '.join(map(str, wrong))}: this model has {named} 0 to {n_layers - 1}"
         )
     return chosen
 

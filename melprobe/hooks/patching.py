@@ -21,51 +21,43 @@ from torch import Tensor, nn
 from transformers import BatchFeature, PreTrainedModel
 
 from melprobe.errors import UsageError
+from melprobe.hooks.capture import capture
 from melprobe.hooks.layers import check_layers, decoder_blocks
 from melprobe.hooks.parts import in_place
 from melprobe.hooks.positions import PositionTracker, parse_positions
 from melprobe.model.exit import check_reached
 from melprobe.model.inference import answer_nll
+from melprobe.shards import Caught
 
 Entering = dict[int, list[Tensor]]
 """Of each block, what enters it at the chosen positions: (N, D) of each clip."""
 
 
-@contextmanager
-def watch_entering(model: PreTrainedModel, positions: str = "speech") -> Iterator[Entering]:
-    """What enters each block at these positions in the last pass inside the `with`."""
-    seen: Entering = {}
-
-    def note(layer: int) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            hidden, where = _hidden(args, kwargs), tracker.selected(positions)
-            seen[layer] = [row[there] for row, there in zip(hidden, where, strict=True)]
-
-        return hook
-
-    check_reached(model.config, range(len(decoder_blocks(model))))
-    with ExitStack() as stack:
-        tracker = stack.enter_context(PositionTracker.watching(model, positions))
-        for layer, block in enumerate(decoder_blocks(model)):
-            handle = block.register_forward_pre_hook(note(layer), with_kwargs=True)
-            stack.callback(handle.remove)
-        yield seen
+@torch.no_grad()
+def entering(model: PreTrainedModel, inputs: BatchFeature, positions: str = "speech") -> Entering:
+    """What enters each block at these positions when the model runs on a batch of prompts."""
+    passes: list[Caught] = []
+    with capture(model, range(len(decoder_blocks(model))), positions, take=passes.append):
+        model(**inputs, logits_to_keep=1)
+    (caught,) = passes
+    rows = torch.bincount(caught.clip, minlength=len(inputs["input_ids"])).tolist()
+    return {layer: list(caught.h(layer).split(rows)) for layer in caught.numbers}
 
 
 @contextmanager
 def patch(
-    model: PreTrainedModel, entering: Mapping[int, Sequence[Tensor]], positions: str = "speech"
+    model: PreTrainedModel, values: Mapping[int, Sequence[Tensor]], positions: str = "speech"
 ) -> Iterator[None]:
     """Put what entered these blocks in another run into a run of the same clips.
 
-    entering: of each block that is patched, (N, D) of each clip, as `watch_entering` gives it; a
+    values: of each block that is patched, (N, D) of each clip, as `entering` gives it; a
     row with no such position, or a pass with none (a decoding step), stays as it is. The answer of
     another run is made of other words, so `positions` may not hold it. Raises UsageError for that,
     for blocks that aren't there, and for a clip with another number of positions.
     """
     check_patched_positions(positions)
     blocks = decoder_blocks(model)
-    layers = check_layers(entering, len(blocks))
+    layers = check_layers(values, len(blocks))
     check_reached(model.config, layers)
 
     def put(layer: int) -> Any:
@@ -73,9 +65,9 @@ def patch(
             hidden, where = _hidden(args, kwargs), tracker.selected(positions)
             if not where.any():
                 return None
-            check_same_counts(entering[layer], where)
-            values = in_place(entering[layer], where).to(hidden)
-            changed = torch.where(where[..., None], values, hidden)
+            check_same_counts(values[layer], where)
+            put_in = in_place(values[layer], where).to(hidden)
+            changed = torch.where(where[..., None], put_in, hidden)
             if args:
                 return (changed, *args[1:]), kwargs
             return args, kwargs | {"hidden_states": changed}
