@@ -14,6 +14,7 @@ from transformers import BertConfig, BertLMHeadModel
 from melprobe import ablate
 from melprobe.errors import UsageError
 from melprobe.hooks.anatomy import anatomy
+from melprobe.hooks.capture import capture
 from melprobe.hooks.cuts import bypass, knock_out, skip, watch_blocks
 from melprobe.hooks.layers import decoder_blocks
 from melprobe.hooks.positions import position_kinds, selected
@@ -290,3 +291,19 @@ def test_bad_input_is_one_line(hub_folder, tmp_path, monkeypatch, words, message
         ablate.main(["--skip-layers", *words, "--out", str(tmp_path / "run")])
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+@torch.no_grad()
+def test_residuals_are_captured(foreign):
+    model, inputs, positions = foreign
+    passes = []
+    with capture(model, range(N_LAYERS + 1), positions, take=passes.append), noting(model) as calls:
+        model(**inputs)
+        with skip(model, {1}, positions):
+            model(**inputs)
+    where = places(model, inputs, positions)
+    for layer, (_, args, kwargs) in enumerate(calls[:N_LAYERS]):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        assert torch.equal(passes[0].h(layer), hidden[where])
+    assert torch.equal(passes[1].h(2), passes[1].h(1))
+    assert not torch.equal(passes[0].h(2), passes[0].h(1))
