@@ -26,7 +26,8 @@ from melprobe.analysis.findings import describe_data, layer_findings
 from melprobe.analysis.healing import add_healed_rows, describe_healing, heal, healing_recipe
 from melprobe.analysis.protocol import answer_limit, choose, leave_out_too_long, noisy, of_length
 from melprobe.analysis.question import CutName, Question, asked
-from melprobe.analysis.sweep import LayerStudy, run_layer_study, swap_partners
+from melprobe.analysis.study import LayerStudy, swap_partners
+from melprobe.analysis.sweep import run_layer_study
 from melprobe.audio.load import SAMPLE_RATE, load_usable
 from melprobe.corpus.manifest import find_manifest, read_manifest
 from melprobe.errors import Parser, UsageError, check_writable, run

@@ -23,7 +23,7 @@ from rich.progress import Progress
 
 from melprobe.analysis.protocol import answer_limit, choose, leave_out_too_long
 from melprobe.analysis.statistics import Bootstrap
-from melprobe.analysis.sweep import swap_partners
+from melprobe.analysis.study import swap_partners
 from melprobe.analysis.wer import WordErrors, corpus_wer, count_errors, normalise
 from melprobe.audio.load import SAMPLE_RATE, load_usable
 from melprobe.corpus.manifest import Utterance, find_manifest, read_manifest

@@ -18,7 +18,8 @@ import melprobe
 from melprobe import ablate, evaluate, transcribe
 from melprobe.analysis.protocol import answer_limit, noisy
 from melprobe.analysis.question import Question
-from melprobe.analysis.sweep import LayerStudy, StudyBatch, clip_bytes, swap_partners
+from melprobe.analysis.study import LayerStudy, clip_bytes, swap_partners
+from melprobe.analysis.sweep import StudyBatch
 from melprobe.analysis.wer import count_errors
 from melprobe.audio.augment import add_noise
 from melprobe.audio.load import BadAudio, load_utterance

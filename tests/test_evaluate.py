@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from melprobe import evaluate, transcribe
-from melprobe.analysis.sweep import swap_partners
+from melprobe.analysis.study import swap_partners
 from melprobe.analysis.wer import corpus_wer, count_errors
 from melprobe.corpus.manifest import read_manifest, write_manifest
 from melprobe.errors import UsageError

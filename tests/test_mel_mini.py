@@ -9,7 +9,7 @@ import torch
 
 import melprobe
 from melprobe import ablate
-from melprobe.analysis.sweep import swap_partners
+from melprobe.analysis.study import swap_partners
 from melprobe.analysis.wer import corpus_wer, count_errors
 from melprobe.audio.load import load_utterance
 from melprobe.corpus.manifest import read_manifest

@@ -19,7 +19,8 @@ import melprobe
 from melprobe.analysis.choice import Trials, beam_search, choose_sets
 from melprobe.analysis.damage import DAMAGE_MARGIN, score_layers
 from melprobe.analysis.question import Question
-from melprobe.analysis.sweep import LayerStudy, run_layer_study, swap_partners
+from melprobe.analysis.study import LayerStudy, swap_partners
+from melprobe.analysis.sweep import run_layer_study
 from melprobe.audio.load import load_utterance
 from melprobe.corpus.manifest import read_manifest
 from melprobe.hooks.layers import decoder_blocks, format_layers

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 
 from melprobe.analysis.damage import DAMAGE_MARGIN
-from melprobe.analysis.sweep import LayerStudy, StudyBatch, with_means
+from melprobe.analysis.study import LayerStudy
+from melprobe.analysis.sweep import StudyBatch, with_means
 from melprobe.errors import UsageError
 from melprobe.hooks.layers import format_layers
 from melprobe.listener import Listener

@@ -10,7 +10,7 @@ import pandas as pd
 
 from melprobe.analysis.choice import Chosen
 from melprobe.analysis.damage import score_layers
-from melprobe.analysis.sweep import LayerStudy
+from melprobe.analysis.study import LayerStudy
 from melprobe.audio.load import SAMPLE_RATE
 from melprobe.hooks.layers import format_layers
 from melprobe.listener import Listener

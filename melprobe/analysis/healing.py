@@ -12,7 +12,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from melprobe.analysis.sweep import LayerStudy, StudyBatch, make_rows
+from melprobe.analysis.study import LayerStudy
+from melprobe.analysis.sweep import StudyBatch, make_rows
 from melprobe.errors import UsageError
 from melprobe.hooks.cuts import skip
 from melprobe.hooks.layers import format_layers

@@ -6,105 +6,23 @@ row by row into the store, so that a study which was stopped goes on.
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from melprobe.analysis.question import Question
-from melprobe.analysis.wer import count_errors, normalise
+from melprobe.analysis.study import LayerStudy
+from melprobe.analysis.wer import count_errors
 from melprobe.audio.augment import add_noise
-from melprobe.corpus.manifest import Utterance
-from melprobe.corpus.text import plain_text
-from melprobe.errors import UsageError
 from melprobe.hooks.layers import format_layers
 from melprobe.hooks.parts import Part, in_place, watch_means, watch_parts
 from melprobe.hooks.patching import Entering
 from melprobe.hooks.replay import Heard, Replay, Variant
 from melprobe.listener import Listener
-from melprobe.model.inference import batches_by_length, kl_per_clip
-from melprobe.model.memory import study_bytes
+from melprobe.model.inference import kl_per_clip
 from melprobe.store import Key, Row, RowStore
-
-
-@dataclass(frozen=True, slots=True)
-class LayerStudy:
-    """What is cut, how and where, and on which clips (waves are float32, mono, 16 kHz)."""
-
-    run: str
-    utterances: Sequence[Utterance]
-    waves: Sequence[np.ndarray]
-    partners: Sequence[int]
-    """for each clip, the one whose audio it hears when swapped"""
-    question: Question
-    layer_sets: Sequence[Sequence[int]]
-    max_new_tokens: int
-    memory_mb: int = 2000
-    """for what batches hold, beside the weights: half for clips, half for decoding variants"""
-    means: Mapping[Part, Tensor] = field(default_factory=dict)
-    """of parts that are replaced by them; see `with_means`"""
-
-    @property
-    def parts(self) -> set[Part]:
-        """All parts that it replaces."""
-        return {part for layers in self.layer_sets for part in self.question.parts(layers)}
-
-    def batches(self, listener: Listener) -> list[list[int]]:
-        """Clips of like length together, as many as the memory allows.
-
-        UsageError when one of them doesn't fit alone.
-        """
-        sizes = [
-            clip_bytes(listener, wave, u.text, self.max_new_tokens)
-            for u, wave in zip(self.utterances, self.waves, strict=True)
-        ]
-        most = self.memory_mb * 500_000
-        if max(sizes) > most:
-            u = self.utterances[sizes.index(max(sizes))]
-            raise UsageError(
-                f"{u.where}: {u.audio}: takes {max(sizes) / 1e6:.0f} MB in a study, and there are "
-                f"{most / 1e6:.0f} for clips (half of --memory {self.memory_mb}): give more memory "
-                "or cut the clip"
-            )
-        return list(batches_by_length(sizes, most))
-
-    def of(self, places: Sequence[int]) -> "LayerStudy":
-        """The same on some of the clips, which swap their audio among themselves."""
-        utterances = [self.utterances[i] for i in places]
-        return replace(
-            self,
-            utterances=utterances,
-            waves=[self.waves[i] for i in places],
-            partners=swap_partners(utterances),
-        )
-
-
-def clip_bytes(listener: Listener, wave: np.ndarray, text: str, max_new_tokens: int) -> int:
-    """About what a clip takes in a batch; see `melprobe.model.memory.study_bytes`."""
-    answers = len(listener.processor.answer_ids(plain_text(text))) + max_new_tokens
-    return study_bytes(listener.model, listener.positions(wave, answers), answers)
-
-
-def swap_partners(utterances: Sequence[Utterance]) -> list[int]:
-    """For each clip, another one of the most similar length that says something else.
-
-    Raises UsageError when there is none.
-    """
-    durations = np.array([u.duration for u in utterances])
-    said = [normalise(u.text) for u in utterances]
-    partners = []
-    for i, text in enumerate(said):
-        nearest = np.argsort(np.abs(durations - durations[i]), kind="stable")
-        other = next((int(j) for j in nearest if said[j] != text), None)
-        if other is None:
-            raise UsageError(
-                f"{len(utterances)} clip{'s' * (len(utterances) > 1)} of {utterances[0].where}: "
-                "swapping the audio needs two clips with different words; take more, or other data"
-            )
-        partners.append(other)
-    return partners
 
 
 def run_layer_study(
@@ -255,9 +173,8 @@ def _fill(
         del batch.swapped  # its logits are as large as all the rest
     cuts = [label for condition, label in missing if condition == cut]
     variants = (batch.variant(sets[label]) for label in cuts)
-    for label, heard in zip(
-        cuts, batch.replay.hear_each(variants, study.memory_mb // 2), strict=True
-    ):
+    heards = batch.replay.hear_each(variants, study.memory_mb // 2)
+    for label, heard in zip(cuts, heards, strict=True):
         keep(cut, label, heard)
 
 

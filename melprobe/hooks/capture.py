@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from melprobe.hooks.cuts import residuals
-from melprobe.hooks.layers import check_residuals, decoder_blocks
+from melprobe.hooks.layers import block_input, check_residuals, decoder_blocks
 from melprobe.hooks.positions import Kind, PositionTracker
 from melprobe.model.exit import check_reached
 from melprobe.shards import Caught
@@ -120,7 +120,7 @@ def _listen(blocks: nn.ModuleList, number: int, catch: Callable[[Tensor], None])
     """Have `catch` called with h_number (B, S, D) from now on; returns the hook's handle."""
 
     def enters(module: nn.Module, args: Any, kwargs: Any) -> None:
-        catch(args[0] if args else kwargs["hidden_states"])
+        catch(block_input(args, kwargs))
 
     def leaves(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         catch(residuals(args, kwargs, output)[1])

@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from melprobe.errors import UsageError
-from melprobe.hooks.layers import check_layers, decoder_blocks
+from melprobe.hooks.layers import block_input, check_layers, decoder_blocks
 from melprobe.hooks.positions import Kind, PositionTracker, parse_positions
 from melprobe.model.exit import MASKED_ATTENTION, check_reached
 
@@ -195,7 +195,7 @@ def _hide(block: nn.Module, unread: Callable[[], Tensor]) -> RemovableHandle:
     """From now on hide from the block's attention what is `unread()` (B or 1, 1, S, K)."""
 
     def hide(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        queries = (args[0] if args else kwargs["hidden_states"]).shape[1]
+        queries = block_input(args, kwargs).shape[1]
         hidden = _hidden(kwargs.get("attention_mask"), unread()[..., -queries:, :])
         return args, kwargs | {"attention_mask": hidden}
 
@@ -213,8 +213,7 @@ def _check_attention(model: PreTrainedModel) -> None:
 
 def residuals(args: Any, kwargs: Any, output: Any) -> tuple[Tensor, Tensor]:
     """h_l and h_{l+1}; blocks return a tensor or a tuple that begins with one."""
-    before = args[0] if args else kwargs["hidden_states"]
-    return before, output[0] if isinstance(output, tuple) else output
+    return block_input(args, kwargs), output[0] if isinstance(output, tuple) else output
 
 
 def _last(where: Tensor, residual: Tensor) -> Tensor:

@@ -4,10 +4,11 @@ Residuals are numbered by the block that they enter: h_l enters block l, and h_L
 L blocks, before the final norm. So there is one more of them than there are blocks.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from operator import index
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from melprobe.errors import UsageError
 
@@ -37,6 +38,20 @@ def parse_residuals(text: str, n_layers: int) -> list[int]:
 def check_residuals(numbers: Iterable[int], n_layers: int) -> list[int]:
     """Sorted distinct numbers of residuals, 0 to `n_layers`, or UsageError."""
     return check_layers(numbers, n_layers + 1, "residuals")
+
+
+def block_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The residual (B, S, D) among the arguments that a block is called with."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def with_block_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], residual: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same arguments with another residual."""
+    if args:
+        return (residual, *args[1:]), kwargs
+    return args, kwargs | {"hidden_states": residual}
 
 
 def parse_layers(text: str, n_layers: int, named: str = "blocks") -> list[int]:

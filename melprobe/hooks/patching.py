@@ -22,9 +22,14 @@ from transformers import BatchFeature, PreTrainedModel
 
 from melprobe.errors import UsageError
 from melprobe.hooks.capture import capture
-from melprobe.hooks.layers import check_layers, decoder_blocks
+from melprobe.hooks.layers import (
+    block_input,
+    check_layers,
+    decoder_blocks,
+    with_block_input,
+)
 from melprobe.hooks.parts import in_place
-from melprobe.hooks.positions import PositionTracker, parse_positions
+from melprobe.hooks.positions import Kind, PositionTracker, parse_positions
 from melprobe.model.exit import check_reached
 from melprobe.model.inference import answer_nll
 from melprobe.shards import Caught
@@ -62,15 +67,13 @@ def patch(
 
     def put(layer: int) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            hidden, where = _hidden(args, kwargs), tracker.selected(positions)
+            hidden, where = block_input(args, kwargs), tracker.selected(positions)
             if not where.any():
                 return None
-            check_same_counts(values[layer], where)
+            _check_same_counts(values[layer], where)
             put_in = in_place(values[layer], where).to(hidden)
             changed = torch.where(where[..., None], put_in, hidden)
-            if args:
-                return (changed, *args[1:]), kwargs
-            return args, kwargs | {"hidden_states": changed}
+            return with_block_input(args, kwargs, changed)
 
         return hook
 
@@ -96,13 +99,11 @@ def attribution(
     seen: list[Tensor] = []
 
     def note(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        hidden = _hidden(args, kwargs)
+        hidden = block_input(args, kwargs)
         if not seen:  # nothing below has to be learnt, so the graph begins here
             hidden = hidden.detach().requires_grad_()
         seen.append(hidden)
-        return (hidden, *args[1:]) if args else args, kwargs | (
-            {} if args else {"hidden_states": hidden}
-        )
+        return with_block_input(args, kwargs, hidden)
 
     with ExitStack() as stack:
         tracker = stack.enter_context(PositionTracker.watching(model, positions))
@@ -113,7 +114,7 @@ def attribution(
             nll = answer_nll(model, inputs)
         where = tracker.selected(positions)
         gradients = torch.autograd.grad(nll, seen)
-    check_same_counts(clean[0], where)
+    _check_same_counts(clean[0], where)
     changes = [
         (in_place(clean[layer], where) - hidden).where(where[..., None], 0) * gradient
         for layer, (hidden, gradient) in enumerate(zip(seen, gradients, strict=True))
@@ -123,13 +124,13 @@ def attribution(
 
 def check_patched_positions(positions: str) -> None:
     """UsageError for positions whose content is the model's own answer."""
-    if parse_positions("answer").kinds[0] in parse_positions(positions).kinds:
+    if Kind.ANSWER in parse_positions(positions).kinds:
         raise UsageError(
             f"positions {positions!r}: two runs answer with other words; take speech, prompt or bos"
         )
 
 
-def check_same_counts(values: Sequence[Tensor], where: Tensor) -> None:
+def _check_same_counts(values: Sequence[Tensor], where: Tensor) -> None:
     """UsageError where a clip's values don't fill its positions (B, S) one by one."""
     wanted = where.sum(1).tolist()
     given = [len(value) for value in values]
@@ -138,7 +139,3 @@ def check_same_counts(values: Sequence[Tensor], where: Tensor) -> None:
             f"the two runs have {given} and {wanted} positions there: give clips as long as each "
             "other"
         )
-
-
-def _hidden(args: Any, kwargs: Any) -> Tensor:
-    return args[0] if args else kwargs["hidden_states"]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from melprobe.errors import UsageError
-from melprobe.hooks.layers import decoder_blocks, format_layers
+from melprobe.hooks.layers import block_input, decoder_blocks, format_layers
 
 MASKED_ATTENTION = {"sdpa", "eager"}
 """Attention that takes a mask with a row for each query; flash attention does not."""
@@ -114,7 +114,7 @@ class _Leaving:
                 f"{type(block).__name__} is given {', '.join(strange) or 'more than the residual'} "
                 "for its positions, and speech can't leave before it: take another base"
             )
-        hidden = _hidden(args, kwargs)
+        hidden = block_input(args, kwargs)
         self.residual = _pick(hidden, self.speech)
         return (_pick(hidden, self.text),), _without_hidden(kwargs)
 
@@ -125,7 +125,7 @@ class _Leaving:
         mask = self._rows(kwargs.get("attention_mask"))
         cache = _Joining(self, keys, values, mask.shape[-1], kwargs.get("past_key_values"))
         here = _at(self.text, kwargs) | {"attention_mask": mask, "past_key_values": cache}
-        return (_hidden(args, kwargs),), _without_hidden(here)
+        return (block_input(args, kwargs),), _without_hidden(here)
 
     def join(self, block: Any, args: Any, output: Any) -> Any:
         """After the last block: all positions (B, S, D), in their order."""
@@ -210,10 +210,6 @@ def _at(places: Tensor, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     if (numbers := kwargs.get("position_ids")) is not None:
         found["position_ids"] = _pick(numbers, places)
     return found
-
-
-def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    return args[0] if args else kwargs["hidden_states"]
 
 
 def _without_hidden(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -179,8 +179,7 @@ class OtherProcessor(ClipPrompts):
         """Text before and after the audio, and what ends an answer."""
         asked, tokenizer = self.listening, self.tokenizer
         audio = tokenizer.convert_ids_to_tokens(self.audio_token_id)
-        wrap = [getattr(tokenizer, name, None) or "" for name in asked.wrap if name]
-        opening, closing = wrap or ("", "")
+        opening, closing = (getattr(tokenizer, name, None) or "" for name in asked.wrap)
         if not getattr(tokenizer, "chat_template", None):
             if asked.plain is None:
                 raise UsageError(

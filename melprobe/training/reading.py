@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from melprobe.errors import UsageError
-from melprobe.hooks.layers import decoder_blocks
+from melprobe.hooks.layers import block_input, decoder_blocks
 from melprobe.model.modelling import MelLLMForConditionalGeneration
 
 
@@ -32,7 +32,7 @@ class Residual:
         blocks[layer + 1].register_forward_pre_hook(self._listen, with_kwargs=True)
 
     def _listen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._kept = args[0] if args else kwargs["hidden_states"]
+        self._kept = block_input(args, kwargs)
         if self._stop:
             raise _Enough
 

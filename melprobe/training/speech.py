@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BatchFeature
 
-from melprobe.analysis.sweep import swap_partners
+from melprobe.analysis.study import swap_partners
 from melprobe.analysis.wer import corpus_wer, count_errors
 from melprobe.audio.load import load_utterance
 from melprobe.audio.mel import MelSettings, log_mel
