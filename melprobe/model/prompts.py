@@ -57,8 +57,9 @@ class ClipPrompts(ABC):
         text: Sequence[str] | None = None,
         sampling_rate: int = SAMPLE_RATE,
         return_tensors: str = "pt",
+        pad_to_multiple_of: int = 1,
     ) -> BatchFeature:
-        """A batch of clips, ready for the model, as torch tensors.
+        """A batch of clips, ready for the model, as torch tensors; S is such a multiple.
 
         Without `text`: prompts, padded on the left, for `generate`. With `text` (one answer per
         clip): prompt and answer, padded on the right, and `labels` (B, S), -100 off the answers.
@@ -70,13 +71,14 @@ class ClipPrompts(ABC):
         features, counts = self.features(audio, sampling_rate)
         prompts = [self._around([self.audio_token_id] * n) for n in counts]
         if text is None:
-            rows, masks = self._pad(prompts, left=True)
+            rows, masks = self._pad(prompts, pad_to_multiple_of, left=True)
             return BatchFeature({"input_ids": rows, "attention_mask": masks, **features})
         text = [text] if isinstance(text, str) else text
         if len(text) != len(prompts):
             raise ValueError(f"{len(prompts)} clips but {len(text)} texts")
         answers = [self.answer_ids(answer) for answer in text]
-        rows, masks = self._pad([p + a for p, a in zip(prompts, answers, strict=True)], left=False)
+        whole = [p + a for p, a in zip(prompts, answers, strict=True)]
+        rows, masks = self._pad(whole, pad_to_multiple_of, left=False)
         labels = torch.full_like(rows, -100)
         for row, prompt, answer in zip(labels, prompts, answers, strict=True):
             row[len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
@@ -104,8 +106,8 @@ class ClipPrompts(ABC):
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
-    def _pad(self, rows: list[list[int]], *, left: bool) -> tuple[Tensor, Tensor]:
-        width = max(map(len, rows))
+    def _pad(self, rows: list[list[int]], multiple: int, *, left: bool) -> tuple[Tensor, Tensor]:
+        width = -(-max(map(len, rows)) // multiple) * multiple
         padded = torch.full((len(rows), width), self.tokenizer.pad_token_id)
         mask = torch.zeros_like(padded)
         for i, row in enumerate(rows):

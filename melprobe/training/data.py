@@ -27,7 +27,13 @@ from melprobe.corpus.manifest import Span, Utterance, find_manifest, read_manife
 from melprobe.corpus.text import plain_text
 from melprobe.errors import UsageError
 from melprobe.model.processor import MelLLMProcessor
-from melprobe.training.frames import UNKNOWN, phone_targets, token_targets, tokens_of_words
+from melprobe.training.frames import (
+    LENGTH_STEP,
+    UNKNOWN,
+    phone_targets,
+    token_targets,
+    tokens_of_words,
+)
 from melprobe.training.recipe import Augment, Data, Stage
 
 # It fears for memory; a manifest's worth of cuts is small.
@@ -192,7 +198,8 @@ class SpeechBatches(Dataset[tuple[int, BatchFeature]]):
         rng = np.random.default_rng([self.seed, step])
         chosen = [self.by_id[i] for i in ids]
         waves, speeds = zip(*(self._change(clip.wave(), rng) for clip in chosen), strict=True)
-        batch = self.processor(waves, [plain_text(clip.text) for clip in chosen])
+        texts = [plain_text(clip.text) for clip in chosen]
+        batch = self.processor(waves, texts, pad_to_multiple_of=LENGTH_STEP)
         mel = batch["input_features"]
         if self.augment.frequency_warp != (1.0, 1.0):
             factors = rng.uniform(*self.augment.frequency_warp, size=len(mel))

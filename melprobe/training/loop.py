@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from melprobe.errors import UsageError
+from melprobe.training.muon import Muon
 from melprobe.training.recipe import Optim, Recipe
 from melprobe.training.state import State, replace_folder
 
@@ -193,13 +194,7 @@ def make_optimizers(
         adamw = torch.optim.AdamW(groups, betas=optim.betas, weight_decay=decay, fused=True)
         optimizers.append(adamw)
     if matrices:
-        muon = torch.optim.Muon(
-            matrices,
-            lr=optim.lr,
-            weight_decay=optim.weight_decay,
-            adjust_lr_fn="match_rms_adamw",  # so that `lr` means the same in both
-        )
-        optimizers.append(muon)
+        optimizers.append(Muon(matrices, optim.lr, optim.weight_decay))
     return optimizers
 
 
