@@ -3,7 +3,8 @@
 Cuts each decoder block in turn (or one set of blocks) at the speech positions, measures what that
 costs, and writes a report. A block does two things for a position: it works on what stands there,
 and lets other positions read it. --skip-layers takes the first away, --knockout the second,
---bypass-layers both. --ablate-attention and --ablate-mlp take one part of the work. --patch puts in
+--bypass-layers both. --ablate-attention, --ablate-mlp and --ablate-heads take one part of the work.
+--patch puts in
 what enters the block when the model hears something else: from which block on is nothing read there
 any more? --without-lora leaves the block and takes away what speech training changed in it. Stopped
 and started again, a study goes on where it was.
@@ -42,31 +43,29 @@ from melprobe.store import RowStore
 from melprobe.subject import Subject, find_subject
 from melprobe.wheels import file_sha256
 
+_SETS = (
+    "each block in turn, or the set given, such as 3,5-8 (counted from 0), or sets in turn: "
+    "windows:N (neighbours), prefixes, suffixes, greedy (the least harmful block next, until the "
+    "margin is passed), picks:N (the N that greedy and beam search, angular distance and block "
+    "influence choose)"
+)
 CUTS: dict[str, tuple[CutName, str]] = {
-    "--skip-layers": ("skip", "skip"),
-    "--knockout": ("knock-out", "knock out"),
-    "--bypass-layers": ("bypass", "bypass"),
-    "--ablate-attention": ("no-attention", "take attention out of"),
-    "--ablate-mlp": ("no-mlp", "take the MLP out of"),
-    "--patch": ("patch", "put another run's residual into"),
-    "--without-lora": ("without-lora", "switch LoRA off in"),
+    "--skip-layers": ("skip", f"skip {_SETS}"),
+    "--knockout": ("knock-out", f"knock out {_SETS}"),
+    "--bypass-layers": ("bypass", f"bypass {_SETS}"),
+    "--ablate-attention": ("no-attention", f"take attention out of {_SETS}"),
+    "--ablate-mlp": ("no-mlp", f"take the MLP out of {_SETS}"),
+    "--ablate-heads": ("no-head", "take out each attention head in turn, of all or some blocks"),
+    "--patch": ("patch", f"put another run's residual into {_SETS}"),
+    "--without-lora": ("without-lora", f"switch LoRA off in {_SETS}"),
 }
 
 
 def parser() -> Parser:
     p = Parser(prog="python -m melprobe.ablate", description=__doc__)
     cuts = p.add_mutually_exclusive_group(required=True)
-    for option, (_, verb) in CUTS.items():
-        cuts.add_argument(
-            option,
-            nargs="?",
-            const=EACH_BLOCK,
-            metavar="LAYERS",
-            help=f"{verb} each block in turn, or the set given, such as 3,5-8 (counted from 0), or "
-            "sets in turn: windows:N (neighbours), prefixes, suffixes, greedy (the least harmful "
-            "block next, until the margin is passed), picks:N (the N that greedy and beam search, "
-            "angular distance and block influence choose)",
-        )
+    for option, (_, what) in CUTS.items():
+        cuts.add_argument(option, nargs="?", const=EACH_BLOCK, metavar="LAYERS", help=what)
     p.add_argument(
         "--positions",
         help=f"one of {', '.join(POSITIONS)}, or seconds of speech such as speech:0.5-1.2 "
@@ -156,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 chosen = choose_sets(listener, study, store, partial(progress.advance, bar))
                 study = chosen.study
                 progress.update(bar, total=chosen.n_tried, completed=chosen.n_tried)
-            rows_due = len(study.utterances) * (2 + len(study.layer_sets))
+            rows_due = len(study.utterances) * (2 + len(study.targets))
             bar = progress.add_task("cutting", total=rows_due)
             run_layer_study(listener, study, store, partial(progress.advance, bar))
         if options.heal is not None:
@@ -190,9 +189,9 @@ def prepare(
     """
     if options.memory is not None and options.memory < 1:
         raise UsageError(f"--memory {options.memory}: give megabytes, such as 2000")
-    sets = question.layer_sets(subject.n_layers, subject.with_lora)
+    targets = question.targets(subject.n_layers, subject.n_heads, subject.with_lora)
     if options.heal is not None:
-        if question.cut != "skip" or len(sets) != 1 or question.chooses:
+        if question.cut != "skip" or len(targets) != 1 or question.chooses:
             raise UsageError("--heal goes with --skip-layers and one set of blocks, such as 25-28")
         healing_recipe(subject, options.heal, out / "healing")
     listed = of_length(read_manifest(manifest), options.lengths)
@@ -214,7 +213,7 @@ def prepare(
         waves=waves,
         partners=swap_partners(usable),
         question=question,
-        layer_sets=sets,
+        targets=targets,
         max_new_tokens=answer_limit(listener, usable),
         memory_mb=options.memory or default_budget_mb(listener.model),
     )

@@ -54,9 +54,9 @@ class Row:
     run: str
     condition: str
     """intact, swapped (hears another clip), or a cut: skip, knock-out, bypass, no-attention,
-    no-mlp, patch, without-lora"""
+    no-mlp, no-head, patch, without-lora"""
     layer: str = ""
-    """"" for intact and swapped, else the blocks that were cut: "7" or "3,5-8" """
+    """"" for intact and swapped, else what was cut: blocks "7" or "3,5-8", or head "7.2" """
     utterance: str
     positions: str = ""
     """speech, text, all, speech:0.5-1.2, ..., or "" where nothing is cut"""

@@ -27,6 +27,8 @@ class Subject(NamedTuple):
 
     name: str
     n_layers: int
+    n_heads: int
+    """of a block's attention"""
     with_lora: list[int]
     """blocks that an adapter changed"""
     fingerprint: Callable[[], str]
@@ -64,6 +66,7 @@ def _checkpoint(folder: Path) -> Subject:
     return Subject(
         checkpoint_name(folder),
         n_layers,
+        config.text_config.num_attention_heads,
         lora_blocks(folder, n_layers),
         lambda: file_sha256(weights_file(folder)),
         read,
@@ -73,7 +76,7 @@ def _checkpoint(folder: Path) -> Subject:
 
 
 def _other(name: str) -> Subject:
-    config = read_other_config(name)
+    text = read_other_config(name).get_text_config()
 
     def read(options: Any, merge: bool) -> Listener:
         dtype = DTYPES.get(options.dtype) or fast_dtype(pick_device(options.device))
@@ -82,7 +85,8 @@ def _other(name: str) -> Subject:
 
     return Subject(
         name.rstrip("/").rpartition("/")[2],
-        config.get_text_config().num_hidden_layers,
+        text.num_hidden_layers,
+        text.num_attention_heads,
         [],
         lambda: weights_hash(name),
         read,

@@ -130,6 +130,18 @@ def synthetic_results(damages: Sequence[float], *, passed: bool = True) -> Resul
     }
 
 
+def as_heads(damages: Sequence[float], n_heads: int) -> Results:
+    """Every head of each block in turn: `damages` block by block; the last block is unread."""
+    results = synthetic_results(damages)
+    for place, layer in enumerate(results["layers"]):
+        block, head = divmod(place, n_heads)
+        layer["layer"] = f"{block}.{head}"
+        layer["block_influence"] = layer["angular_distance"] = None
+        layer["zero_by_construction"] = block == len(damages) // n_heads - 1
+    results["question"] |= {"cut": "no-head", "by": "zero"}
+    return results
+
+
 def sweep_damages() -> list[float]:
     """Thirty blocks in the shape of the first look: three costly ones, a quiet top."""
     rng = np.random.default_rng(1)

@@ -26,7 +26,7 @@ from melprobe.audio.load import BadAudio, load_utterance
 from melprobe.corpus.manifest import Utterance, read_manifest, write_manifest
 from melprobe.corpus.text import plain_text
 from melprobe.errors import UsageError
-from melprobe.hooks.parts import Part, in_place, watch_means, watch_parts
+from melprobe.hooks.parts import Part, Target, in_place, watch_means, watch_parts
 from melprobe.model.memory import peak_bytes
 from melprobe.report.html import render
 from melprobe.report.reading import EACH_BLOCK
@@ -225,6 +225,10 @@ def test_a_study_says_what_the_model_does_under_the_same_cut(folder, sweep):
         (["--skip-layers", "--lengths", "2"], "--lengths 2: give seconds from and to"),
         (["--skip-layers", "--lengths", "7-9"], "no clip lasts so long; they last 0.40 to 0.90"),
         (["--skip-layers", "--by", "mean"], "--by goes with --ablate-attention"),
+        (["--ablate-heads", "greedy"], "heads go one by one; take blocks, such as 3,5-8"),
+        (["--ablate-heads", "windows:2"], "heads go one by one"),
+        (["--ablate-heads", "1.1"], "'1.1' is not a number"),
+        (["--ablate-heads", "4"], "layers 4: this model has blocks 0 to 3"),
         (["--ablate-mlp", "--by", "median"], "take zero, mean or resample"),
         (["--skip-layers", "--memory", "0"], "--memory 0: give megabytes"),
         (["--patch", "--by", "noise"], "take resample (another clip) or noise:DB"),
@@ -240,7 +244,7 @@ def test_a_study_says_what_the_model_does_under_the_same_cut(folder, sweep):
         (["--skip-layers", "--device", "abacus"], "device 'abacus': take cpu, cuda"),
         (
             [],
-            "--ablate-mlp --patch --without-lora is required",
+            "--ablate-mlp --ablate-heads --patch --without-lora is required",
         ),
     ],
 )
@@ -333,6 +337,8 @@ def test_series_of_sets_are_cut_in_turn(folder, layers, sets):
         ("--ablate-attention", "zero", "each block is run without attention in turn"),
         ("--ablate-mlp", "mean", "gives way to its mean over all clips"),
         ("--ablate-attention", "resample", "gives way to what it adds to another clip"),
+        ("--ablate-heads", "zero", "each attention head is left out in turn"),
+        ("--ablate-heads", "mean", "gives way to its mean over all clips"),
     ],
 )
 def test_parts_of_blocks_give_way(folder, option, by, says):
@@ -340,17 +346,18 @@ def test_parts_of_blocks_give_way(folder, option, by, says):
     words = [option, *(["--by", by] if by != "zero" else []), "--out", str(run)]
     ablate.main(arguments(folder, *words))
     found, rows = results(run), pd.read_parquet(run / "rows.parquet")
-    name = option.removeprefix("--ablate-")
+    name = option.removeprefix("--ablate-").removesuffix("s")
     assert found["question"]["cut"] == f"no-{name}" and found["question"]["by"] == by
-    *others, last = found["layers"]
-    assert all(layer["kl"] > 0 for layer in others)
-    assert last["kl"] == 0 and last["zero_by_construction"]
+    n_heads = 4 if name == "head" else 1
+    others, last = found["layers"][:-n_heads], found["layers"][-n_heads:]
+    assert len(others) == n_heads * (N_LAYERS - 1) and all(layer["kl"] > 0 for layer in others)
+    assert all(layer["kl"] == 0 and layer["zero_by_construction"] for layer in last)
     assert says in (run / "report.html").read_text()
     # Row for row what the library gives.
     utterances = read_manifest(folder / "data.jsonl")
     clips, texts = [load_utterance(u) for u in utterances], [u.text for u in utterances]
     lm = melprobe.load(folder / "model", device="cpu", dtype=torch.float32)
-    part, values = Part(1, name), None
+    part, values = Part(1, name, 0 if name == "head" else None), None
     if by == "mean":
         with watch_means(lm.model, [part]) as means:
             lm.score(clips, texts)
@@ -362,7 +369,8 @@ def test_parts_of_blocks_give_way(folder, option, by, says):
         values = {part: in_place(seen[part], prompts == lm.processor.audio_token_id)}
     with lm.ablate([part], "speech", values):
         nll = lm.score(clips, texts).nll
-    row = rows[rows.layer == "1"].set_index("utterance").loc[[u.id for u in utterances]]
+    label = "1.0" if name == "head" else "1"
+    row = rows[rows.layer == label].set_index("utterance").loc[[u.id for u in utterances]]
     assert row.nll.tolist() == pytest.approx(nll.tolist(), rel=1e-4)
 
 
@@ -410,10 +418,10 @@ def test_clips_too_short_for_the_seconds_asked_about_are_left_out_and_listed(fol
 
 def test_lora_can_only_be_switched_off_where_there_is_some():
     question = Question("without-lora", "all", EACH_BLOCK)
-    assert question.layer_sets(4, [0, 2]) == [[0], [2]]
+    assert question.targets(4, 2, [0, 2]) == [Target((0,)), Target((2,))]
     for layers, there in (("1", [0, 2]), ("suffixes", [0, 2]), (EACH_BLOCK, [])):
         with pytest.raises(UsageError, match=r"--without-lora.*LoRA"):
-            question._replace(layers=layers).layer_sets(4, there)
+            question._replace(layers=layers).targets(4, 2, there)
 
 
 def test_what_the_decoder_has_no_room_for_is_named_or_left_out(folder, tmp_path, capsys):
@@ -490,7 +498,8 @@ def test_memory_bounds_what_a_study_holds():
     ]
     question = Question("skip", "speech", EACH_BLOCK)
     sizes = [clip_bytes(lm, wave, u.text, 20) for wave, u in zip(clips, utterances, strict=True)]
-    study = LayerStudy("run", utterances, clips, swap_partners(utterances), question, [[0]], 20)
+    first, partners = Target((0,)), swap_partners(utterances)
+    study = LayerStudy("run", utterances, clips, partners, question, [first], 20)
     small = replace(study, memory_mb=math.ceil(2 * max(sizes) / 1e6))
     assert len(study.batches(lm)) == 1 < len(small.batches(lm))
     assert sorted(i for batch in small.batches(lm) for i in batch) == list(range(12))
@@ -501,6 +510,6 @@ def test_memory_bounds_what_a_study_holds():
     def hear():
         batch = StudyBatch(lm, study, list(range(12)))
         batch.swapped  # noqa: B018
-        list(batch.replay.hear_each([batch.variant([0])]))
+        list(batch.replay.hear_each([batch.variant(first)]))
 
     assert 0.3 < (peak_bytes(lm.model, hear) - weights) / sum(sizes) < 1.2

@@ -24,6 +24,7 @@ from melprobe.analysis.sweep import run_layer_study
 from melprobe.audio.load import load_utterance
 from melprobe.corpus.manifest import read_manifest
 from melprobe.hooks.layers import decoder_blocks, format_layers
+from melprobe.hooks.parts import Target
 from melprobe.report.reading import EACH_BLOCK, outcome
 from melprobe.store import RowStore
 
@@ -104,7 +105,7 @@ def planted():
     return listener, dict(zip(PLANTED, (0, 1, 5, 6, 7), strict=True))
 
 
-def study_of(layer_sets, positions="speech", layers=EACH_BLOCK):
+def study_of(targets, positions="speech", layers=EACH_BLOCK):
     utterances = read_manifest(WORDS)
     return LayerStudy(
         run="planted",
@@ -112,15 +113,15 @@ def study_of(layer_sets, positions="speech", layers=EACH_BLOCK):
         waves=[load_utterance(u) for u in utterances],
         partners=swap_partners(utterances),
         question=Question("skip", positions, layers),
-        layer_sets=layer_sets,
+        targets=targets,
         max_new_tokens=16,
     )
 
 
-def scored(listener, layer_sets, positions, path):
+def scored(listener, targets, positions, path):
     """Layers of results.json, by label."""
-    study = study_of(layer_sets, positions)
-    labels = [format_layers(layers) for layers in layer_sets]
+    study = study_of(targets, positions)
+    labels = [target.label for target in targets]
     with RowStore(path, {}) as store:
         run_layer_study(listener, study, store, lambda n: None)
         results = score_layers(store.frame(), "skip", labels, positions, None, 0)
@@ -146,7 +147,9 @@ def test_the_model_still_hears(planted):
 )
 def test_each_block_is_found_as_what_it_is(planted, tmp_path, positions, needed):
     listener, place = planted
-    layers = scored(listener, [[block] for block in place.values()], positions, tmp_path / "rows")
+    layers = scored(
+        listener, [Target((block,)) for block in place.values()], positions, tmp_path / "rows"
+    )
     for name, block in place.items():
         layer = layers[str(block)]
         if name in needed:
@@ -158,7 +161,7 @@ def test_each_block_is_found_as_what_it_is(planted, tmp_path, positions, needed)
 
 def test_two_blocks_that_cancel_can_go_together(planted, tmp_path):
     listener, place = planted
-    pair = [place["one"], place["other"]]
+    pair = Target((place["one"], place["other"]))
     (layer,) = scored(listener, [pair], "speech", tmp_path / "rows").values()
     assert abs(layer["damage"]) < 1e-3 and layer["delta_wer"] == 0
     assert outcome(layer, DAMAGE_MARGIN) == "spare"
@@ -178,14 +181,16 @@ def test_beam_search_finds_the_pair_that_greedy_search_passes_by(planted, tmp_pa
 
 def test_greedy_drops_what_does_nothing_first_and_stops_behind_the_margin(planted, tmp_path):
     listener, place = planted
-    study = study_of([[block] for block in sorted(place.values())], layers="greedy").of(range(12))
+    study = study_of([Target((block,)) for block in sorted(place.values())], layers="greedy").of(
+        range(12)
+    )
     tried = []
     with RowStore(tmp_path / "rows", {}) as store:
         chosen = choose_sets(listener, study, store, tried.append)
         again = choose_sets(listener, study, store, pytest.fail)
         known = store.tried()
     assert again.ways == chosen.ways  # nothing was tried a second time
-    first, second, third = (set(layers) for layers in chosen.study.layer_sets)
+    first, second, third = (set(target.layers) for target in chosen.study.targets)
     assert second == {place["identity"], place["text"]} and first < second < third
     assert known[format_layers(third)] > DAMAGE_MARGIN
     assert chosen.n_tried == len(known) == len(tried) == 5 + 4 + 3

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from melprobe.report import reading
-from tests.synthetic_run import as_set, plain, sweep_damages, synthetic_layer, synthetic_results
+from tests.synthetic_run import (
+    as_heads,
+    as_set,
+    plain,
+    sweep_damages,
+    synthetic_layer,
+    synthetic_results,
+)
 
 
 def test_headline_names_the_costly_the_spare_the_undecided_and_the_built_in():
@@ -117,3 +124,23 @@ def test_headline_without_lora_speaks_of_lora():
     results["question"]["cut"], results["layers"] = "without-lora", results["layers"][:-1]
     text = plain(reading.headline(results))
     assert text.startswith("No single block’s LoRA is needed: switching LoRA off in any one of")
+
+
+def test_headline_of_heads_counts_them():
+    results = as_heads([0.3, 0.01, 0.06, -0.01, 0.0, 0.0, 0.0, 0.0], n_heads=4)
+    assert plain(reading.headline(results)) == (
+        "At speech positions, of 4 attention heads, each left out alone, 1 cost more than the "
+        "margin of 0.05, 2 less, and 1 stay undecided; most head 0.0 (d = 0.30), least head 0.3 "
+        "(d = −0.01); heads 1.0–1.3 cost nothing by construction, which is no finding."
+    )
+    results["layers"] = results["layers"][4:]
+    assert plain(reading.headline(results)) == (
+        "Nothing to find at speech positions; heads 1.0–1.3 cost nothing by construction, which is "
+        "no finding."
+    )
+
+
+def test_heads_of_one_block_that_follow_each_other_are_a_range():
+    results = as_heads([0.1] * 8, n_heads=4)
+    assert reading.names(results["layers"][1:]) == "heads 0.1–0.3 and 1.0–1.3"
+    assert reading.names(results["layers"][:1]) == "head 0.0"

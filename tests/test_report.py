@@ -14,6 +14,7 @@ from melprobe.report import examples, reading, schema
 from melprobe.report.__main__ import main
 from melprobe.report.html import render
 from tests.synthetic_run import (
+    as_heads,
     as_set,
     plain,
     sweep_damages,
@@ -64,10 +65,11 @@ class Page(HTMLParser):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("kind", ["sweep", "quiet", "set", "failed", "empty"])
+@pytest.mark.parametrize("kind", ["sweep", "heads", "quiet", "set", "failed", "empty"])
 def test_every_page_stands_alone_and_every_picture_has_words(kind, tmp_path):
     results = {
         "sweep": synthetic_results(sweep_damages()),
+        "heads": as_heads([0.3, 0.01, 0.06, -0.01, 0.0, 0.0], n_heads=2),
         "quiet": synthetic_results([0.004] * 3 + [0.0]),
         "set": as_set(0.31),
         "failed": synthetic_results(sweep_damages(), passed=False),
@@ -84,7 +86,7 @@ def test_every_page_stands_alone_and_every_picture_has_words(kind, tmp_path):
     gate = "failed" if kind == "failed" else "passed"
     assert f"Listening gate {gate}" in text
     assert text.index(f"Listening gate {gate}") < text.index('class="headline"')
-    figures = {"sweep": 3, "quiet": 3, "set": 1}.get(kind, 0)
+    figures = {"sweep": 3, "heads": 1, "quiet": 3, "set": 1}.get(kind, 0)
     assert page.tags.count("figure") == figures
     assert page.tags.count("audio") == examples.MOST_EXAMPLES
 

@@ -15,6 +15,7 @@ from melprobe.analysis.study import LayerStudy
 from melprobe.analysis.sweep import StudyBatch, with_means
 from melprobe.errors import UsageError
 from melprobe.hooks.layers import format_layers
+from melprobe.hooks.parts import Target
 from melprobe.listener import Listener
 from melprobe.store import RowStore
 
@@ -43,7 +44,7 @@ class Chosen(NamedTuple):
 def choose_sets(
     listener: Listener, study: LayerStudy, store: RowStore, advance: Callable[[int], None]
 ) -> Chosen:
-    """Choose the sets that the study's question asks for, out of the blocks in its `layer_sets`.
+    """Choose the sets that the study's question asks for, out of the blocks in its targets.
 
     But for a block that costs nothing by construction: it would be the first choice of all.
 
@@ -51,7 +52,7 @@ def choose_sets(
     hears of n sets done.
     """
     free = study.question.unread_block(listener.processor, listener.n_layers, study.waves)
-    offered = [block for layers in study.layer_sets for block in layers]
+    offered = [block for target in study.targets for block in target.layers]
     blocks = [block for block in offered if str(block) != free]
     deciding, reported = halves(len(study.utterances))
     trials = Trials(listener, study.of(deciding), store, advance)
@@ -67,7 +68,7 @@ def choose_sets(
         }
         ways = {s: [way for way, its in found.items() if its == s] for s in found.values()}
     return Chosen(
-        replace(study.of(reported), layer_sets=[sorted(blocks) for blocks in ways]),
+        replace(study.of(reported), targets=[_target(blocks) for blocks in ways]),
         {format_layers(blocks): by for blocks, by in ways.items()},
         len(deciding),
         len(store.tried()),
@@ -124,7 +125,7 @@ class Trials:
             nll = sum(
                 heard.nll.sum().item()
                 for batch in self.batches
-                for heard in batch.replay.hear_each([batch.variant(sorted(blocks))])
+                for heard in batch.replay.hear_each([batch.variant(_target(blocks))])
             )
             self.known[label] = (nll - self.intact) / self.gap
             self.store.add_tried(label, self.known[label])
@@ -172,6 +173,10 @@ def beam_search(trials: Trials, blocks: Collection[int], n: int, width: int) -> 
     for _ in range(n):
         beam = _mildest(trials.damage(_larger(beam, blocks)), width)
     return beam[0]
+
+
+def _target(blocks: BlockSet) -> Target:
+    return Target(tuple(sorted(blocks)))
 
 
 def _larger(sets: Iterable[BlockSet], blocks: Collection[int]) -> list[BlockSet]:

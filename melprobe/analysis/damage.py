@@ -61,7 +61,7 @@ def score_layers(
             "angular_distance": _mean(cut.angular_distance),
             "attribution": _first_order(cut),
             **_error_kinds(cut),
-            "zero_by_construction": label == unread,
+            "zero_by_construction": label.partition(".")[0] == unread,
         }
         for i, (label, cut) in enumerate(zip(labels, cuts, strict=True))
     ]

@@ -12,7 +12,6 @@ from melprobe.analysis.choice import Chosen
 from melprobe.analysis.damage import score_layers
 from melprobe.analysis.study import LayerStudy
 from melprobe.audio.load import SAMPLE_RATE
-from melprobe.hooks.layers import format_layers
 from melprobe.listener import Listener
 from melprobe.model.checkpoint import weights_file
 from melprobe.report import reading
@@ -40,7 +39,7 @@ def layer_findings(
     checkpoint, data: as described below; unread: see `score_layers`; words: of the command line.
     """
     question, n = study.question, len(study.utterances)
-    labels = [format_layers(layers) for layers in study.layer_sets]
+    labels = [target.label for target in study.targets]
     scores = score_layers(rows, question.cut, labels, question.positions, unread, seed)
     ways = chosen.ways if chosen else {}
     for layer, label in zip(scores["layers"], labels, strict=True):

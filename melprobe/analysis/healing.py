@@ -16,7 +16,6 @@ from melprobe.analysis.study import LayerStudy
 from melprobe.analysis.sweep import StudyBatch, make_rows
 from melprobe.errors import UsageError
 from melprobe.hooks.cuts import skip
-from melprobe.hooks.layers import format_layers
 from melprobe.listener import Listener
 from melprobe.model.adapter import ADAPTER
 from melprobe.model.inference import kl_per_clip
@@ -83,7 +82,7 @@ def heal(subject: Subject, study: LayerStudy, steps: int, out: Path) -> Path:
         recipe = healing_recipe(subject, steps, out)
         task = SpeechTask(recipe)
         write_recipe(recipe)
-        with skip(task.model, study.layer_sets[0], study.question.positions):
+        with skip(task.model, study.targets[0].layers, study.question.positions):
             fit(task, recipe)
     return done
 
@@ -103,16 +102,16 @@ def describe_healing(out: Path) -> dict[str, Any]:
 
 def add_healed_rows(intact: Listener, healed: Listener, study: LayerStudy, store: RowStore) -> None:
     """Rows of the healed model with its blocks skipped, KL measured from the intact one."""
-    (layers,) = study.layer_sets
+    (target,) = study.targets
     done = store.done()
     for places in study.batches(intact):
         batch = StudyBatch(healed, study, places)
-        keys = [Key(study.run, HEALED, format_layers(layers), u.id) for u in batch.utterances]
+        keys = [Key(study.run, HEALED, target.label, u.id) for u in batch.utterances]
         if done.issuperset(keys):
             continue
         waves = [study.waves[i] for i in places]
-        with batch.variant(layers).cut():
+        with batch.variant(target).cut():
             heard = batch.replay.hear()
             scores = healed.score(waves, batch.texts)
         kl = kl_per_clip(intact.score(waves, batch.texts), scores)
-        store.add(make_rows(batch, HEALED, format_layers(layers), replace(heard, kl=kl), {}))
+        store.add(make_rows(batch, HEALED, target.label, replace(heard, kl=kl), {}))

@@ -12,15 +12,24 @@ import numpy as np
 from melprobe.corpus.manifest import Utterance
 from melprobe.errors import UsageError
 from melprobe.hooks.layers import parse_layers
-from melprobe.hooks.parts import Part, PartName
+from melprobe.hooks.parts import Part, PartName, Target
 from melprobe.hooks.patching import check_patched_positions
 from melprobe.hooks.positions import Kind, parse_positions, patches_between
 from melprobe.model.prompts import ClipPrompts
-from melprobe.report.reading import EACH_BLOCK
+from melprobe.report.reading import EACH_BLOCK, SERIES
 
-CutName = Literal["skip", "knock-out", "bypass", "no-attention", "no-mlp", "patch", "without-lora"]
+CutName = Literal[
+    "skip",
+    "knock-out",
+    "bypass",
+    "no-attention",
+    "no-mlp",
+    "no-head",
+    "patch",
+    "without-lora",
+]
 By = Literal["", "zero", "mean", "resample", "noise"]
-PARTS: dict[CutName, PartName] = {"no-attention": "attention", "no-mlp": "mlp"}
+PARTS: dict[CutName, PartName] = {"no-attention": "attention", "no-mlp": "mlp", "no-head": "head"}
 
 
 class Question(NamedTuple):
@@ -40,10 +49,10 @@ class Question(NamedTuple):
     source_noise_db: float = 0.0
     """Of a patch by noise: how far below the clip that is."""
 
-    def parts(self, layers: Sequence[int]) -> list[Part]:
-        """The parts of these blocks that are replaced; none where blocks are cut as wholes."""
+    def parts(self, target: Target) -> list[Part]:
+        """The parts of a target that are replaced; none where blocks are cut as wholes."""
         name = PARTS.get(self.cut)
-        return [Part(layer, name) for layer in layers] if name else []
+        return [Part(layer, name, target.head) for layer in target.layers] if name else []
 
     @property
     def chooses(self) -> bool:
@@ -54,13 +63,21 @@ class Question(NamedTuple):
         """N of picks:N."""
         return _number(self.layers, "picks", 2, n_blocks - 1)
 
-    def layer_sets(self, n_layers: int, with_lora: Sequence[int]) -> list[list[int]]:
-        """The sets of blocks that are cut in turn; where they are chosen, each block to choose
+    def targets(self, n_layers: int, n_heads: int, with_lora: Sequence[int]) -> list[Target]:
+        """What is cut in turn; where sets are chosen, each block to choose from.
 
-        from. with_lora: blocks that an adapter changed.
+        with_lora: blocks that an adapter changed.
         """
         if self.cut == "without-lora" and not with_lora:
             raise UsageError("--without-lora: this checkpoint has no LoRA, it was tuned whole")
+        if self.cut == "no-head":
+            if self.layers.partition(":")[0] in SERIES:
+                raise UsageError(
+                    f"--ablate-heads {self.layers}: heads go one by one; take blocks, such as 3,5-8"
+                )
+            named = self.layers != EACH_BLOCK
+            within = parse_layers(self.layers, n_layers) if named else list(range(n_layers))
+            return [Target((layer,), head) for layer in within for head in range(n_heads)]
         sets = _layer_sets(EACH_BLOCK if self.chooses else self.layers, n_layers)
         if self.cut == "without-lora":
             there = [layers for layers in sets if set(layers) <= set(with_lora)]
@@ -73,7 +90,7 @@ class Question(NamedTuple):
             sets = there
         if self.layers.startswith("picks:"):
             self.picks(len(sets))
-        return sets
+        return [Target(tuple(layers)) for layers in sets]
 
     def check(self, processor: ClipPrompts) -> None:
         """UsageError where the prompt leaves nothing to ask."""
@@ -200,7 +217,7 @@ def _by(text: str | None, cut: CutName) -> tuple[By, float]:
             return text or "zero", 0.0  # type: ignore[return-value]
         raise UsageError(f"--by {text}: take zero, mean or resample")
     if text:
-        raise UsageError("--by goes with --ablate-attention, --ablate-mlp and --patch")
+        raise UsageError("--by goes with --ablate-attention, -mlp and -heads, and with --patch")
     return "", 0.0
 
 

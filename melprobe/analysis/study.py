@@ -11,7 +11,7 @@ from melprobe.analysis.wer import normalise
 from melprobe.corpus.manifest import Utterance
 from melprobe.corpus.text import plain_text
 from melprobe.errors import UsageError
-from melprobe.hooks.parts import Part
+from melprobe.hooks.parts import Part, Target
 from melprobe.listener import Listener
 from melprobe.model.inference import batches_by_length
 from melprobe.model.memory import study_bytes
@@ -27,7 +27,8 @@ class LayerStudy:
     partners: Sequence[int]
     """for each clip, the one whose audio it hears when swapped"""
     question: Question
-    layer_sets: Sequence[Sequence[int]]
+    targets: Sequence[Target]
+    """what is cut in turn"""
     max_new_tokens: int
     memory_mb: int = 2000
     """for what batches hold, beside the weights: half for clips, half for decoding variants"""
@@ -37,7 +38,7 @@ class LayerStudy:
     @property
     def parts(self) -> set[Part]:
         """All parts that it replaces."""
-        return {part for layers in self.layer_sets for part in self.question.parts(layers)}
+        return {part for target in self.targets for part in self.question.parts(target)}
 
     def batches(self, listener: Listener) -> list[list[int]]:
         """Clips of like length together, as many as the memory allows.

@@ -16,8 +16,7 @@ from torch import Tensor
 from melprobe.analysis.study import LayerStudy
 from melprobe.analysis.wer import count_errors
 from melprobe.audio.augment import add_noise
-from melprobe.hooks.layers import format_layers
-from melprobe.hooks.parts import Part, in_place, watch_means, watch_parts
+from melprobe.hooks.parts import Part, Target, in_place, watch_means, watch_parts
 from melprobe.hooks.patching import Entering
 from melprobe.hooks.replay import Heard, Replay, Variant
 from melprobe.listener import Listener
@@ -74,9 +73,10 @@ class StudyBatch:
         """Each clip's text under its partner's audio."""
         return self.listener.replay(self._swapped_waves, self.texts, self.max_new_tokens)
 
-    def variant(self, layers: Sequence[int]) -> Variant:
-        """These blocks cut, as the study cuts blocks."""
-        question, listener, lowest = self.study.question, self.listener, min(layers)
+    def variant(self, target: Target) -> Variant:
+        """This cut, as the study cuts."""
+        question, listener, layers = self.study.question, self.listener, target.layers
+        lowest = min(layers)
         where = question.positions
         match question.cut:
             case "skip":
@@ -88,8 +88,8 @@ class StudyBatch:
                 return Variant(out, lowest)
             case "bypass":
                 return Variant(partial(listener.bypass, layers, where), lowest)
-            case "no-attention" | "no-mlp":
-                parts = question.parts(layers)
+            case "no-attention" | "no-mlp" | "no-head":
+                parts = question.parts(target)
                 ablated = partial(listener.ablate, parts, where, self._values(parts))
                 return Variant(ablated, lowest)
             case "patch":
@@ -148,8 +148,8 @@ def _fill(
 ) -> None:
     """Store the rows of a batch that are missing."""
     study, cut = batch.study, batch.study.question.cut
-    sets = {format_layers(layers): layers for layers in study.layer_sets}
-    conditions = [("intact", ""), ("swapped", ""), *((cut, label) for label in sets)]
+    targets = {target.label: target for target in study.targets}
+    conditions = [("intact", ""), ("swapped", ""), *((cut, label) for label in targets)]
     missing = [
         condition
         for condition in conditions
@@ -172,7 +172,7 @@ def _fill(
         keep("swapped", "", replace(batch.swapped.intact, kl=kl))
         del batch.swapped  # its logits are as large as all the rest
     cuts = [label for condition, label in missing if condition == cut]
-    variants = (batch.variant(sets[label]) for label in cuts)
+    variants = (batch.variant(targets[label]) for label in cuts)
     heards = batch.replay.hear_each(variants, study.memory_mb // 2)
     for label, heard in zip(cuts, heards, strict=True):
         keep(cut, label, heard)

@@ -20,11 +20,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from melprobe.errors import UsageError
-from melprobe.hooks.layers import check_layers, decoder_blocks
+from melprobe.hooks.layers import check_layers, decoder_blocks, format_layers
 from melprobe.hooks.positions import PositionTracker
 from melprobe.model.exit import check_reached
 
 PartName = Literal["attention", "mlp", "head"]
+
+
+class Target(NamedTuple):
+    """What is cut at once: blocks, or one head of a block."""
+
+    layers: tuple[int, ...]
+    head: int | None = None
+
+    @property
+    def label(self) -> str:
+        """As rows and results have it: "14", "3,5-8", or "14.2" for head 2 of block 14."""
+        blocks = format_layers(self.layers)
+        return blocks if self.head is None else f"{blocks}.{self.head}"
 
 
 class Part(NamedTuple):

@@ -39,6 +39,8 @@ def drawings(results: Results) -> list[Drawing]:
         return []
     if not reading.series(results):
         return [_drawing("scale", results)]
+    if reading.series(results) == reading.EACH_HEAD:
+        return [_drawing("heads", results)]
     names = ["damage", "errors"]
     # They claim to foretell what leaving a block out costs, not reading nor training.
     left_out = results["question"]["cut"] in {"skip", "bypass"}
@@ -74,6 +76,29 @@ def damage(results: Results, figure: Figure, narrow: bool) -> None:
     nat = ax.twinx()
     _log_beyond(nat, margin * gap, (low * gap, high * gap), DAMAGE_TICKS)
     nat.set_title("ΔNLL, nat per token", loc="right")
+
+
+def heads(results: Results, figure: Figure, narrow: bool) -> None:
+    """Damage of each head as the area of its mark: blocks to the right, heads upwards."""
+    layers = results["layers"]
+    places = [[int(part) for part in str(layer["layer"]).split(".")] for layer in layers]
+    blocks, numbers = sorted({block for block, _ in places}), sorted({head for _, head in places})
+    figure.set_figheight((110 + 26 * len(numbers)) / 72)
+    ax = figure.subplots()
+    ax.set_title("head")
+    ax.set_xlabel("block")
+    every = 5 if len(blocks) > (12 if narrow else 36) else 1
+    ax.set_xticks(range(0, len(blocks), every), map(str, blocks[::every]))
+    ax.set_yticks(numbers)
+    ax.set_xlim(-0.8, len(blocks) - 0.2)
+    ax.set_ylim(numbers[0] - 0.6, numbers[-1] + 0.6)
+    ax.tick_params(axis="y", length=0)
+    cell = min((NARROW if narrow else WIDE) * 0.86 / (len(blocks) + 0.6), 24)
+    largest = max(layer["damage"] or 0.0 for layer in layers)
+    for (block, head), layer in zip(places, layers, strict=True):
+        share = max(layer["damage"] or 0.0, 0.0) / largest if largest > 0 else 0.0
+        kind = reading.outcome(layer, results["margin"]["damage"])
+        _mark(ax, [blocks.index(block)], [head], kind, max(2.0, 0.9 * cell * share**0.5))
 
 
 def errors(results: Results, figure: Figure, narrow: bool) -> None:
@@ -189,7 +214,13 @@ def scale(results: Results, figure: Figure, narrow: bool) -> None:
     _legend(figure, bottom, narrow)
 
 
-PAINTERS = {"damage": damage, "errors": errors, "similarity": similarity, "scale": scale}
+PAINTERS = {
+    "damage": damage,
+    "heads": heads,
+    "errors": errors,
+    "similarity": similarity,
+    "scale": scale,
+}
 
 
 def _block_axis(ax: Axes, results: Results, narrow: bool) -> list[int]:
@@ -247,13 +278,19 @@ def _marks(
             _mark(ax, [x for x, _ in at], [y for _, y in at], kind)
 
 
-def _mark(ax: Axes, xs: Sequence[float], ys: Sequence[float], kind: Outcome) -> None:
+def _mark(
+    ax: Axes,
+    xs: Sequence[float],
+    ys: Sequence[float],
+    kind: Outcome,
+    size: float | None = None,
+) -> None:
     ax.plot(
         xs,
         ys,
         linestyle="none",
         marker=MARKERS[kind],
-        markersize={"built-in": 4.5, "open": 5.5}.get(kind, 6),
+        markersize=size or {"built-in": 4.5, "open": 5.5}.get(kind, 6),
         markerfacecolor=COLOURS["paper" if kind in ("open", "built-in") else kind],
         markeredgecolor=COLOURS[kind],
         markeredgewidth=1.3,

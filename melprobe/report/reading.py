@@ -17,6 +17,7 @@ OUTCOMES: dict[Outcome, str] = {
     "built-in": "zero by construction",
 }
 EACH_BLOCK = "each block in turn"
+EACH_HEAD = "each head in turn"
 # Series of sets, and what stands for a set on an axis: {0} is its N, {1} how blocks are cut.
 SERIES = {
     "windows": "first of {0} neighbouring blocks {1}",
@@ -77,8 +78,27 @@ BY = {
 }
 
 
+HEADS = {
+    "zero": Cut("no head", "leaving out", "left out", "No single head is needed {}"),
+    "mean": Cut(
+        "mean of head",
+        "putting its mean in place of",
+        "replaced by its mean",
+        "No single head is needed {} beyond its mean",
+    ),
+    "resample": Cut(
+        "another clip’s head",
+        "putting another clip’s in place of",
+        "replaced by another clip’s",
+        "No single head is needed {} as it is for this clip",
+    ),
+}
+
+
 def cut(results: Results) -> Cut:
     question = results["question"]
+    if question["cut"] == "no-head":
+        return HEADS[question["by"]]
     if part := PARTS.get(question["cut"]):
         return Cut(*(text.format(part) for text in BY[question["by"]]))
     return CUTS[question["cut"]]
@@ -97,7 +117,9 @@ def outcome(layer: Layer, margin: float) -> Outcome:
 
 
 def series(results: Results) -> str:
-    """Which blocks were cut in turn: EACH_BLOCK or one of SERIES; "" for one set."""
+    """What was cut in turn: EACH_BLOCK, EACH_HEAD or one of SERIES; "" for one set."""
+    if results["question"]["cut"] == "no-head":
+        return EACH_HEAD
     name, _, _ = results["question"]["layers"].partition(":")
     return name if name in {EACH_BLOCK, *SERIES} else ""
 
@@ -137,7 +159,7 @@ def headline(results: Results) -> str:
         return f"No block was {cut(results).done}, so there is nothing to say of layers yet."
     if not series(results):
         return _set_headline(results["layers"][0], cut(results), where, margin)
-    if series(results) in SERIES:
+    if series(results) in {*SERIES, EACH_HEAD}:
         return _series_headline(results)
     if results["question"]["cut"] == "patch":
         return _patch_headline(results["layers"], where, margin)
@@ -222,13 +244,16 @@ def _set_headline(layer: Layer, how: Cut, where: str, margin: float) -> str:
 
 
 def _series_headline(results: Results) -> str:
-    """Of runs of blocks: how many can go; of prefixes and suffixes: how far one can go."""
+    """Of runs of blocks and of heads: how many can go; of prefixes and suffixes: how far."""
     where, margin = _sentence(place(results)), results["margin"]["damage"]
     counted = [layer for layer in results["layers"] if not layer["zero_by_construction"]]
     built_in = [layer for layer in results["layers"] if layer["zero_by_construction"]]
     after = "."
     if built_in:
-        after = f"; {names(built_in)} costs nothing by construction, which is no finding."
+        verb = "cost" if len(built_in) > 1 else "costs"
+        after = f"; {names(built_in)} {verb} nothing by construction, which is no finding."
+    if not counted:
+        return f"Nothing to find {place(results)}{after}"
     kinds = [outcome(layer, margin) for layer in counted]
     done = cut(results).done
     if series(results) == "picks":
@@ -236,14 +261,17 @@ def _series_headline(results: Results) -> str:
         size = results["question"]["layers"].partition(":")[2]
         found = "; ".join(_pick(layer, margin) for layer in ordered)
         return f"{where}, of {size} blocks {done} together, {found}{after}"
-    if series(results) == "windows":
+    if series(results) in {"windows", EACH_HEAD}:
         ordered = by_damage(counted)
+        what = "runs of neighbouring blocks, each {} together"
+        if series(results) == EACH_HEAD:
+            what = "attention heads, each {} alone"
         ends = ", ".join(
             f"{which} {names([layer])} ({equals(number(layer['damage']))})"
             for layer, which in ((ordered[0], "most"), (ordered[-1], "least"))
         )
         return (
-            f"{where}, of {len(counted)} runs of neighbouring blocks, each {done} together, "
+            f"{where}, of {len(counted)} {what.format(done)}, "
             f"{kinds.count('costly')} cost more than the margin of {number(margin)}, "
             f"{kinds.count('spare')} less, and {kinds.count('open')} stay undecided; {ends}{after}"
         )
@@ -328,11 +356,28 @@ def places(positions: str) -> str:
 def names(layers: Sequence[Layer], *, ordered: bool = False) -> str:
     """ "block 29", "blocks 0, 1 and 12–28"; `ordered` keeps the order given and makes no ranges."""
     labels = [layer["layer"] for layer in layers]
+    if heads := [label for label in labels if "." in str(label)]:
+        return f"head{'s' * (len(heads) > 1)} {_heads(heads)}"
     if any(isinstance(label, str) for label in labels):
         return f"blocks {', '.join(label_text(label) for label in labels)}"
     numbers = [label for label in labels if isinstance(label, int)]
     parts = [str(n) for n in numbers] if ordered else ranges(numbers)
     return f"block{'s' if len(labels) > 1 else ''} {listing(parts)}"
+
+
+def _heads(labels: Sequence[int | str]) -> str:
+    """ "3.0 and 14.2–14.5": heads of one block that follow each other become a range."""
+    of_block: dict[str, list[int]] = {}
+    for label in labels:
+        block, _, head = str(label).partition(".")
+        of_block.setdefault(block, []).append(int(head))
+    return listing(
+        [
+            "–".join(f"{block}.{head}" for head in part.split("–"))
+            for block, heads in of_block.items()
+            for part in ranges(heads)
+        ]
+    )
 
 
 def label_text(label: int | str) -> str:

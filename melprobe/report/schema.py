@@ -1,4 +1,4 @@
-"""The shape of `results.json`, version 3, and its loader.
+"""The shape of `results.json`, and its loader.
 
 Rates (WER) are fractions, not percent; nll, gaps and kl are nat per answer token; `*_ci` and
 `*_gap_ci` are [low, high]. `None` stands where a score has no meaning for that row, or where so few
@@ -19,7 +19,16 @@ Interval = tuple[FiniteFloat, FiniteFloat]
 
 
 class Question(TypedDict):
-    cut: Literal["skip", "knock-out", "bypass", "no-attention", "no-mlp", "patch", "without-lora"]
+    cut: Literal[
+        "skip",
+        "knock-out",
+        "bypass",
+        "no-attention",
+        "no-mlp",
+        "no-head",
+        "patch",
+        "without-lora",
+    ]
     positions: str
     """speech, text, prompt, answer, bos, all, or times of speech such as speech:0.5-1.2"""
     readers: str
@@ -93,7 +102,7 @@ class Gate(TypedDict):
 
 class Layer(TypedDict):
     layer: int | str
-    """a block counted from 0, or a set such as "3,5-8" """
+    """a block counted from 0, a set such as "3,5-8", or "14.2" for head 2 of block 14"""
     positions: str
     wer: float
     delta_wer: float

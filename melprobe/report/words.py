@@ -17,6 +17,8 @@ class Caption(NamedTuple):
 
 
 def title(results: Results) -> str:
+    if reading.series(results) == reading.EACH_HEAD:
+        return "Which heads listen?"
     if reading.series(results):
         return "Which layers listen?"
     return f"Can {names(results['layers'])} be {reading.cut(results).done}?"
@@ -34,6 +36,8 @@ EFFECTS = {
     "that was needed.",
     "no-mlp": "what the MLP adds to the residual there {}. If the transcript suffers, that was "
     "needed.",
+    "no-head": "what a head of attention adds to the residual there {}. If the transcript suffers, "
+    "that was needed.",
     "patch": "what enters the block there is exchanged for what enters it when the model hears {}. "
     "Blocks below have read the right clip. If the transcript suffers, this block or one above it "
     "still reads what stands there.",
@@ -76,6 +80,8 @@ def question(results: Results) -> str:
     if series in SETS:
         size = results["question"]["layers"].partition(":")[2]
         what = SETS[series].format(size, done)
+    if series == reading.EACH_HEAD:
+        what = f"each attention head{_of_blocks(results)} is {done} in turn"
     if not series:
         who = names(results["layers"])
         what = f"{who} are {done} together" if who.startswith("blocks") else f"{who} is {done}"
@@ -93,6 +99,13 @@ def question(results: Results) -> str:
         f"Here {what} {PLACES[name].format(when)}: "
         f"{effect}"
     )
+
+
+def _of_blocks(results: Results) -> str:
+    layers = results["question"]["layers"]
+    if layers == reading.EACH_BLOCK:
+        return ""
+    return f" of block{'s' * (not layers.isdecimal())} {reading.label_text(layers)}"
 
 
 def instead(results: Results) -> str:
@@ -130,6 +143,20 @@ def damage(results: Results) -> Caption:
         f"(n = {sample(results)}).{_built_in(results)}",
         f"Damage of {ing} each of {len(layers)} {marks}, with bands. Largest: {top}. "
         f"{reading.headline(results)}",
+    )
+
+
+def heads(results: Results) -> Caption:
+    layers, ing = results["layers"], reading.cut(results).ing
+    worst = reading.by_damage(layers)[0]
+    return Caption(
+        "What each head is worth",
+        f"Normalised damage d of {ing} one head {place(results)}: the area of a mark goes with d, "
+        f"and the largest is {names([worst])} with {reading.equals(worst['damage'] or 0.0)}. "
+        f"Colours and shapes go by the simultaneous 95 % bands over all heads, which are in the "
+        f"table (n = {sample(results)}).{_built_in(results)}",
+        f"Map of {len(layers)} heads by block and head, marks as large as the damage of {ing} the "
+        f"head. {reading.headline(results)}",
     )
 
 
@@ -188,7 +215,8 @@ def _built_in(results: Results) -> str:
     layers = [layer for layer in results["layers"] if layer["zero_by_construction"]]
     if not layers:
         return ""
+    what, verb = ("circle is", "writes") if len(layers) == 1 else ("circles are", "write")
     return (
-        f" The small open circle is zero by construction: what {names(layers)} writes there is "
+        f" The small open {what} zero by construction: what {names(layers)} {verb} there is "
         "read by nobody."
     )
