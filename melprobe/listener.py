@@ -138,9 +138,11 @@ class Listener:
         inputs = self.processor(corrupted, [plain_text(t) for t in texts]).to(self.model.device)
         return attribution(self.model, inputs, self.entering(clean, positions), positions)
 
-    def without_lora(self, layers: Iterable[int]) -> AbstractContextManager[None]:
+    def without_lora(
+        self, layers: Iterable[int], positions: str = "all"
+    ) -> AbstractContextManager[None]:
         """Run blocks on the base model's weights inside a `with`; see `melprobe.hooks.lora`."""
-        return without_lora(self.model, layers)
+        return without_lora(self.model, layers, positions)
 
     def watch_blocks(self, positions: str = "speech") -> AbstractContextManager[BlockChange]:
         """Measure how far each block turns the residual inside a `with`."""

@@ -195,7 +195,7 @@ def test_a_study_says_what_the_model_does_under_the_same_cut(folder, sweep):
     ("words", "message"),
     [
         (["--skip-layers", "--knockout"], "not allowed with argument"),
-        (["--without-lora", "--positions", "text"], "LoRA goes off at all positions"),
+        (["--without-lora", "--positions", "vowels"], "there are bos, prompt, speech"),
         (["--skip-layers", "2,9"], "layers 9: this model has blocks 0 to 3"),
         (["--skip-layers", ""], "is not a number"),
         (["--skip-layers", "windows:9"], "take windows:N with N from 2 to 3"),

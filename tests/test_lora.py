@@ -7,6 +7,8 @@ from peft.tuners.lora import LoraLayer
 import melprobe
 from melprobe.errors import UsageError
 from melprobe.hooks.layers import decoder_blocks
+from melprobe.hooks.lora import without_lora
+from melprobe.hooks.positions import position_kinds, selected
 from tests.tiny import N_LAYERS, tiny_checkpoint, waves
 
 TEXTS = ["please hold", "the new number three"]
@@ -40,6 +42,26 @@ def test_a_block_without_lora_is_the_bases(folder, layers):
         assert not torch.allclose(log_probs(lm), plain, atol=1e-3)
     assert torch.equal(log_probs(lm), plain)
     assert [p.requires_grad for p in lm.model.parameters()] == trained
+
+
+@pytest.mark.parametrize("positions", ["speech", "text", "speech:0.2-0.5"])
+def test_it_goes_off_at_these_positions_only(folder, positions):
+    lm, outputs = loaded(folder), []
+    inputs = lm.processor(waves(0.9, 0.6), TEXTS)
+    ids, audio = inputs["input_ids"], lm.processor.audio_token_id
+    kinds = position_kinds(ids, audio, inputs["attention_mask"], inputs["labels"])
+    where = selected(kinds, positions, lm.processor.speech)
+    module = decoder_blocks(lm.model)[0].mlp.down_proj
+    with torch.no_grad(), without_lora(lm.model, {0}, positions):
+        # Called after the cut's own hook, which is put in front.
+        handle = module.register_forward_hook(lambda *args: outputs.append(args[1:]))
+        lm.model(**inputs)
+        handle.remove()
+    (((x,), output),) = outputs
+    base = module.base_layer(x)
+    assert torch.equal(output[where], base[where])
+    others = ~where & inputs["attention_mask"].bool()
+    assert (output[others] != base[others]).any(-1).all()
 
 
 def test_contexts_nest_and_exceptions_restore(folder):

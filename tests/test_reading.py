@@ -123,7 +123,9 @@ def test_headline_without_lora_speaks_of_lora():
     results = synthetic_results([0.001] * 5)
     results["question"]["cut"], results["layers"] = "without-lora", results["layers"][:-1]
     text = plain(reading.headline(results))
-    assert text.startswith("No single block’s LoRA is needed: switching LoRA off in any one of")
+    assert text.startswith(
+        "No single block’s LoRA is needed at speech positions: switching LoRA off in any one of"
+    )
 
 
 def test_headline_of_heads_counts_them():

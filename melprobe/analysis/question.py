@@ -174,10 +174,8 @@ def asked(options: Any, cuts: dict[str, CutName]) -> Question:
     ((cut, layers),) = given.items()
     if cut != "knock-out" and (options.readers is not None or options.beyond):
         raise UsageError("--readers and --beyond go with --knockout")
-    if cut == "without-lora" and options.positions not in (None, "all"):
-        raise UsageError("--without-lora: LoRA goes off at all positions; leave --positions out")
-    positions = "all" if cut == "without-lora" else options.positions
-    positions = "speech" if positions is None else positions
+    usual = "all" if cut == "without-lora" else "speech"
+    positions = usual if options.positions is None else options.positions
     parse_positions(positions)
     if options.readers is not None:
         parse_positions(options.readers)

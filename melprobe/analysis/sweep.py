@@ -96,7 +96,7 @@ class StudyBatch:
                 entering = {layer: self._of_others[layer] for layer in layers}
                 return Variant(partial(listener.patch, entering, where), lowest)
             case "without-lora":
-                return Variant(partial(listener.without_lora, layers), lowest, by_position=False)
+                return Variant(partial(listener.without_lora, layers, where), lowest)
 
     def _values(self, parts: Sequence[Part]) -> dict[Part, Tensor]:
         """What stands in the place of what parts contribute."""

@@ -1,28 +1,35 @@
-"""Switching a trained LoRA adapter off, block by block.
+"""Switching a trained LoRA adapter off, block by block and position by position.
 
-What is left of such a block is the base model's. This is not the paper's freezing, which trains
-without LoRA in some blocks from the start: there the other blocks can make up for it.
+What works on such a position is then the base model's block. This is not the paper's freezing,
+which trains without LoRA in some blocks from the start: there the other blocks can make up for it.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from melprobe.errors import UsageError
 from melprobe.hooks.layers import check_layers, decoder_blocks
+from melprobe.hooks.positions import PositionTracker
 
 
 @contextmanager
-def without_lora(model: nn.Module, layers: Iterable[int]) -> Iterator[None]:
-    """Run these blocks on the base model's weights inside a `with`; restored on any exit.
+def without_lora(
+    model: PreTrainedModel, layers: Iterable[int], positions: str = "all"
+) -> Iterator[None]:
+    """Run these blocks on the base model's weights at these positions inside a `with`.
 
-    Raises UsageError for a layer that isn't there, and for one without LoRA, or whose LoRA has been
-    folded into its weights (`melprobe.load(..., merge=False)` keeps it apart).
+    Restored on any exit. Raises UsageError for a layer that isn't there, for one without LoRA, or
+    whose LoRA has been folded into its weights (`melprobe.load(..., merge=False)` keeps it apart),
+    and for positions that there are not.
     """
     blocks = decoder_blocks(model)
-    adapters: list[LoraLayer] = []
+    adapters: list[Any] = []  # modules, by their other base
     for layer in check_layers(layers, len(blocks)):
         found = [module for module in blocks[layer].modules() if isinstance(module, LoraLayer)]
         if not found:
@@ -31,12 +38,13 @@ def without_lora(model: nn.Module, layers: Iterable[int]) -> Iterator[None]:
                 "was loaded: load it with merge=False"
             )
         adapters += found
-    # Not `enable_adapters`: that also decides which weights are trained.
-    was = [adapter.disable_adapters for adapter in adapters]
-    for adapter in adapters:
-        adapter._disable_adapters = True
-    try:
+
+    def base(adapter: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        where = tracker.selected(positions)[:, -output.shape[1] :, None]
+        return torch.where(where, adapter.base_layer(*args), output)
+
+    with ExitStack() as stack:
+        tracker = stack.enter_context(PositionTracker.watching(model, positions))
+        for adapter in adapters:
+            stack.callback(adapter.register_forward_hook(base, prepend=True).remove)
         yield
-    finally:
-        for adapter, state in zip(adapters, was, strict=True):
-            adapter._disable_adapters = state

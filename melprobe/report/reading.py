@@ -49,7 +49,7 @@ CUTS = {
         "no LoRA in",
         "switching LoRA off in",
         "run without LoRA",
-        "No single block’s LoRA is needed",
+        "No single block’s LoRA is needed {}",
     ),
 }
 

@@ -41,7 +41,8 @@ EFFECTS = {
     "patch": "what enters the block there is exchanged for what enters it when the model hears {}. "
     "Blocks below have read the right clip. If the transcript suffers, this block or one above it "
     "still reads what stands there.",
-    "without-lora": "the block is then the base model’s, as it was before speech training. If the "
+    "without-lora": "it then works there as the base model’s block, as it was before speech "
+    "training. If the "
     "transcript suffers, what the training changed there was needed. It does not say what training "
     "without LoRA there would give: other blocks could then have made up for it.",
 }
