@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from melprobe.report import reading
+from melprobe.report import notation, reading
 from tests.synthetic_run import (
     as_heads,
     as_set,
@@ -73,10 +73,10 @@ def test_headline_of_a_set_that_is_zero_by_construction():
 
 
 def test_ranges_and_numbers():
-    assert reading.ranges([9, 0, 1, 12, 13, 14]) == ["0", "1", "9", "12–14"]
-    assert reading.number(-0.0001) == "0.00" and reading.number(-1.5) == "−1.50"
-    assert reading.points(0.05) == "+5.0" and reading.points(-0.05) == "−5.0"
-    assert reading.number(None) == "–"
+    assert notation.ranges([9, 0, 1, 12, 13, 14]) == ["0", "1", "9", "12–14"]
+    assert notation.number(-0.0001) == "0.00" and notation.number(-1.5) == "−1.50"
+    assert notation.points(0.05) == "+5.0" and notation.points(-0.05) == "−5.0"
+    assert notation.number(None) == "–"
 
 
 def run_of(sets, damages, question):
@@ -144,5 +144,5 @@ def test_headline_of_heads_counts_them():
 
 def test_heads_of_one_block_that_follow_each_other_are_a_range():
     results = as_heads([0.1] * 8, n_heads=4)
-    assert reading.names(results["layers"][1:]) == "heads 0.1–0.3 and 1.0–1.3"
-    assert reading.names(results["layers"][:1]) == "head 0.0"
+    assert notation.names(results["layers"][1:]) == "heads 0.1–0.3 and 1.0–1.3"
+    assert notation.names(results["layers"][:1]) == "head 0.0"

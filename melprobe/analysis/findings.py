@@ -14,7 +14,7 @@ from melprobe.analysis.study import LayerStudy
 from melprobe.audio.load import SAMPLE_RATE
 from melprobe.listener import Listener
 from melprobe.model.checkpoint import weights_file
-from melprobe.report import reading
+from melprobe.report.notation import listing
 from melprobe.report.schema import SCHEMA
 from melprobe.store import provenance
 from melprobe.wheels import file_sha256
@@ -74,7 +74,7 @@ def warnings(n: int, targets: Sequence[int]) -> list[str]:
     """What a reader must know beside the figures."""
     found = []
     if targets:
-        blocks = f"block{'s' * (len(targets) > 1)} {reading.listing([str(b) for b in targets])}"
+        blocks = f"block{'s' * (len(targets) > 1)} {listing([str(b) for b in targets])}"
         found.append(
             f"Training read phones or words off the speech positions right after {blocks}, which "
             "draws hearing down to there. A profile that ends about there was asked for in "

@@ -16,6 +16,7 @@ import jiwer
 import pandas as pd
 
 from melprobe.report import reading
+from melprobe.report.notation import label_text
 from melprobe.report.schema import Results
 
 MOST_EXAMPLES = 6
@@ -98,7 +99,7 @@ def examples(run_dir: Path, results: Results, rows: pd.DataFrame) -> list[Exampl
 def _label(results: Results, condition: str, layer: str) -> str:
     if not layer:
         return LABELS[condition]
-    return f"{reading.cut(results).verb} {reading.label_text(layer)}"
+    return f"{reading.cut(results).verb} {label_text(layer)}"
 
 
 def _transcript(row: pd.Series, label: str) -> Transcript:

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from melprobe.report import reading, words
+from melprobe.report.notation import label_text
 from melprobe.report.reading import OUTCOMES, Outcome
 from melprobe.report.schema import Interval, Layer, Results
 from melprobe.report.svg import COLOURS, NARROW, WIDE, draw
@@ -206,7 +207,7 @@ def scale(results: Results, figure: Figure, narrow: bool) -> None:
     _stack(bottom, 1, layer, baseline["reference_words"], flat=True)
     deaf = 100 * results["gate"]["wer_swapped"]
     bottom.barh(2, deaf, 0.56, facecolor="none", edgecolor=COLOURS["muted"], linewidth=1)
-    changed = f"{reading.cut(results).verb} {reading.label_text(layer['layer'])}"
+    changed = f"{reading.cut(results).verb} {label_text(layer['layer'])}"
     bottom.set_yticks([0, 1, 2], ["intact", changed, "other clip"])
     bottom.invert_yaxis()
     bottom.spines["left"].set_visible(False)

@@ -15,6 +15,7 @@ from melprobe.analysis.damage import GATE_NAT, GATE_WER
 from melprobe.report import reading, schema, words
 from melprobe.report.examples import examples
 from melprobe.report.figures import drawings
+from melprobe.report.notation import interval, label_text, names, number, percent, points
 
 TEMPLATES = files("melprobe.report") / "templates"
 FONTS = {
@@ -46,7 +47,7 @@ def render(run_dir: Path) -> Path:
         lstrip_blocks=True,
     )
     environment.globals.update(
-        {name: getattr(reading, name) for name in ("number", "percent", "points", "interval")}
+        {f.__name__: f for f in (interval, label_text, names, number, percent, points)}
     )
     page = environment.get_template("report.html.j2").render(
         results=results,

@@ -1,4 +1,4 @@
-"""What a run's results say, in words: outcomes, the headline, numbers as text.
+"""What a run's results say, in words: outcomes and the headline.
 
 Pure functions of `results.json`. A block's outcome compares its whole band of normalised damage
 with the margin that was fixed beforehand; nothing is said of blocks when the gate failed.
@@ -7,7 +7,19 @@ with the margin that was fixed beforehand; nothing is said of blocks when the ga
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from melprobe.report.schema import Interval, Layer, Results
+from melprobe.report.notation import (
+    equals,
+    interval,
+    label_text,
+    listing,
+    names,
+    number,
+    percent,
+    places,
+    points,
+    sentence,
+)
+from melprobe.report.schema import Layer, Results
 
 Outcome = Literal["costly", "spare", "open", "built-in"]
 OUTCOMES: dict[Outcome, str] = {
@@ -171,7 +183,7 @@ def headline(results: Results) -> str:
         parts = [f"Nothing to find {where}"]
     elif len(groups["open"]) == len(counted):
         parts = [
-            f"{_sentence(where)} the data don’t decide about {names(counted)}: "
+            f"{sentence(where)} the data don’t decide about {names(counted)}: "
             f"no band lies on one side of the margin {equals(margin)}"
         ]
     else:
@@ -222,11 +234,11 @@ def _patch_headline(layers: Sequence[Layer], where: str, margin: float) -> str:
         )
     if undecided := [layers[i] for i in rest if kinds[i] == "open"]:
         parts.append(f"{names(undecided)} stay{'s' * (len(undecided) == 1)} undecided")
-    return _sentence("; ".join(parts)) + "."
+    return sentence("; ".join(parts)) + "."
 
 
 def _set_headline(layer: Layer, how: Cut, where: str, margin: float) -> str:
-    skipped = _sentence(f"{how.ing} {names([layer])} {where}")
+    skipped = sentence(f"{how.ing} {names([layer])} {where}")
     if layer["zero_by_construction"]:
         return f"{skipped} costs nothing by construction, which is no finding."
     if layer["damage_ci"] is None:
@@ -245,7 +257,7 @@ def _set_headline(layer: Layer, how: Cut, where: str, margin: float) -> str:
 
 def _series_headline(results: Results) -> str:
     """Of runs of blocks and of heads: how many can go; of prefixes and suffixes: how far."""
-    where, margin = _sentence(place(results)), results["margin"]["damage"]
+    where, margin = sentence(place(results)), results["margin"]["damage"]
     counted = [layer for layer in results["layers"] if not layer["zero_by_construction"]]
     built_in = [layer for layer in results["layers"] if layer["zero_by_construction"]]
     after = "."
@@ -308,11 +320,11 @@ def _costly(costly: Sequence[Layer], where: str, margin: float) -> list[str]:
     scale = f"{equals(values)} on a scale from 0, intact, to 1, deaf"
     if len(costly) > len(top):
         return [
-            f"{_sentence(where)} {len(costly)} blocks each cost more than the margin of "
+            f"{sentence(where)} {len(costly)} blocks each cost more than the margin of "
             f"{number(margin)}, most of all {names(top, ordered=True)} ({scale})"
         ]
     verb = "costs" if len(costly) == 1 else "cost"
-    return [f"{_sentence(where)} {names(top, ordered=True)} {verb} most ({scale})"]
+    return [f"{sentence(where)} {names(top, ordered=True)} {verb} most ({scale})"]
 
 
 def _rest(groups: dict[Outcome, list[Layer]], how: Cut, where: str, margin: float) -> list[str]:
@@ -323,18 +335,13 @@ def _rest(groups: dict[Outcome, list[Layer]], how: Cut, where: str, margin: floa
             each = "each of " if len(spare) > 1 else ""
             parts.append(f"{each}{names(spare)}, {how.done} alone, {below}")
         elif undecided:
-            parts.append(f"{_sentence(where)} {how.ing} any one of {names(spare)} {below}")
+            parts.append(f"{sentence(where)} {how.ing} any one of {names(spare)} {below}")
         else:
             parts.append(f"{how.spared.format(where)}: {how.ing} any one of {names(spare)} {below}")
     if undecided:
         verb = "stay" if len(undecided) > 1 else "stays"
         parts.append(f"{names(undecided)} {verb} undecided")
     return parts
-
-
-def _sentence(text: str) -> str:
-    """With a capital letter in front; `str.capitalize` would make "lora" of LoRA."""
-    return text[:1].upper() + text[1:]
 
 
 def place(results: Results) -> str:
@@ -345,90 +352,3 @@ def place(results: Results) -> str:
         later = f" more than {asked['beyond']:g} s later" if asked["beyond"] else ""
         where += f" (as read from {places(asked['readers'])}{later})"
     return where
-
-
-def places(positions: str) -> str:
-    """ "speech positions from 0.5 to 1.2 s" """
-    name, _, times = positions.partition(":")
-    return f"{name} positions" + (f" from {times.replace('-', ' to ')} s" if times else "")
-
-
-def names(layers: Sequence[Layer], *, ordered: bool = False) -> str:
-    """ "block 29", "blocks 0, 1 and 12–28"; `ordered` keeps the order given and makes no ranges."""
-    labels = [layer["layer"] for layer in layers]
-    if heads := [label for label in labels if "." in str(label)]:
-        return f"head{'s' * (len(heads) > 1)} {_heads(heads)}"
-    if any(isinstance(label, str) for label in labels):
-        return f"blocks {', '.join(label_text(label) for label in labels)}"
-    numbers = [label for label in labels if isinstance(label, int)]
-    parts = [str(n) for n in numbers] if ordered else ranges(numbers)
-    return f"block{'s' if len(labels) > 1 else ''} {listing(parts)}"
-
-
-def _heads(labels: Sequence[int | str]) -> str:
-    """ "3.0 and 14.2–14.5": heads of one block that follow each other become a range."""
-    of_block: dict[str, list[int]] = {}
-    for label in labels:
-        block, _, head = str(label).partition(".")
-        of_block.setdefault(block, []).append(int(head))
-    return listing(
-        [
-            "–".join(f"{block}.{head}" for head in part.split("–"))
-            for block, heads in of_block.items()
-            for part in ranges(heads)
-        ]
-    )
-
-
-def label_text(label: int | str) -> str:
-    """A layer or set as it is shown: "7", "3, 5–8"."""
-    return str(label).replace("-", "–").replace(",", ", ")
-
-
-def ranges(numbers: Sequence[int]) -> list[str]:
-    """[0, 1, 12, 13, 14] → ["0", "1", "12–14"]: runs of three and more become a range."""
-    runs: list[list[int]] = []
-    for n in sorted(numbers):
-        if runs and n == runs[-1][-1] + 1:
-            runs[-1].append(n)
-        else:
-            runs.append([n])
-    return [
-        part
-        for run in runs
-        for part in ([f"{run[0]}–{run[-1]}"] if len(run) > 2 else map(str, run))
-    ]
-
-
-def listing(parts: Sequence[str]) -> str:
-    """ "a, b and c" """
-    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """Fixed digits, with a true minus sign, no "−0.00", and an en dash for None."""
-    if value is None:
-        return "–"
-    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
-
-
-def percent(value: float, digits: int = 1) -> str:
-    """0.1834 → "18.3 %", with a no-break space."""
-    return f"{number(100 * value, digits)}\N{NO-BREAK SPACE}%"
-
-
-def points(value: float) -> str:
-    """A difference of rates in percentage points, always signed."""
-    text = number(100 * value, 1)
-    return text if text.startswith("−") or text == "0.0" else f"+{text}"
-
-
-def equals(value: float | str) -> str:
-    """ "d = 0.05", kept on one line."""
-    shown = value if isinstance(value, str) else number(value)
-    return f"d\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{shown}"
-
-
-def interval(ci: Interval | None, digits: int = 2, scale: float = 1.0) -> str:
-    """ "[0.12, 0.34]", and "[–]" for None"""
-    return "[–]" if ci is None else f"[{', '.join(number(scale * end, digits) for end in ci)}]"

@@ -6,7 +6,17 @@ Like `reading`, pure functions of `results.json`.
 from typing import NamedTuple
 
 from melprobe.report import reading
-from melprobe.report.reading import interval, names, number, percent, place, points
+from melprobe.report.notation import (
+    equals,
+    interval,
+    label_text,
+    names,
+    number,
+    percent,
+    places,
+    points,
+)
+from melprobe.report.reading import place
 from melprobe.report.schema import Results
 
 
@@ -88,7 +98,7 @@ def question(results: Results) -> str:
         what = f"{who} are {done} together" if who.startswith("blocks") else f"{who} is {done}"
     effect = EFFECTS[results["question"]["cut"]].format(instead(results))
     if readers := results["question"]["readers"]:
-        who = f"{reading.places(readers)} don’t read"
+        who = f"{places(readers)} don’t read"
         effect = effect.replace("nothing that stands elsewhere reads", who)
     ours = checkpoint["front"] in ("linear", "conv")
     patches = "patches of log-mel spectrogram" if ours else "speech positions"
@@ -106,7 +116,7 @@ def _of_blocks(results: Results) -> str:
     layers = results["question"]["layers"]
     if layers == reading.EACH_BLOCK:
         return ""
-    return f" of block{'s' * (not layers.isdecimal())} {reading.label_text(layers)}"
+    return f" of block{'s' * (not layers.isdecimal())} {label_text(layers)}"
 
 
 def instead(results: Results) -> str:
@@ -153,7 +163,7 @@ def heads(results: Results) -> Caption:
     return Caption(
         "What each head is worth",
         f"Normalised damage d of {ing} one head {place(results)}: the area of a mark goes with d, "
-        f"and the largest is {names([worst])} with {reading.equals(worst['damage'] or 0.0)}. "
+        f"and the largest is {names([worst])} with {equals(worst['damage'] or 0.0)}. "
         f"Colours and shapes go by the simultaneous 95 % bands over all heads, which are in the "
         f"table (n = {sample(results)}).{_built_in(results)}",
         f"Map of {len(layers)} heads by block and head, marks as large as the damage of {ing} the "
@@ -182,7 +192,7 @@ def errors(results: Results) -> Caption:
 
 def similarity(results: Results) -> Caption:
     least = min(results["layers"], key=lambda layer: layer["block_influence"] or 0.0)
-    where = reading.places(results["question"]["positions"])
+    where = places(results["question"]["positions"])
     return Caption(
         "Would similarity have told?",
         "Two scores that need no cutting, each against the measured damage: block influence "
