@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from transformers import BertConfig, BertLMHeadModel
+from transformers import BertConfig, BertLMHeadModel, DynamicCache
 
 from melprobe import ablate
 from melprobe.errors import UsageError
@@ -18,6 +18,7 @@ from melprobe.hooks.capture import capture
 from melprobe.hooks.cuts import bypass, knock_out, skip, watch_blocks
 from melprobe.hooks.layers import decoder_blocks
 from melprobe.hooks.positions import position_kinds, selected
+from melprobe.model.memory import study_bytes
 from tests.foreign import (
     FOREIGN,
     HEARING,
@@ -245,6 +246,42 @@ def test_replay_gives_what_generate_and_the_loss_give(name):
     assert lm.score(clips[:1], texts[:1]).nll.item() == pytest.approx(
         loss.item() * len(lm.processor.answer_ids(texts[0])), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("name", HEARING)
+def test_a_patch_is_the_other_run_and_attribution_its_derivative(name):
+    lm, texts = foreign_listener(name), ["please hold", "one"]
+    clips = waves(0.9, 0.5)
+    others = [wave[::-1].copy() for wave in clips]
+    clean, entering = lm.score(clips, texts), lm.entering(clips)
+    with lm.patch({0: entering[0]}):
+        assert torch.allclose(lm.score(others, texts).log_probs, clean.log_probs, atol=1e-5)
+    replay = lm.replay(others, texts, 8)
+    with lm.patch({2: entering[2]}):
+        heard = replay.hear(2)
+        assert lm.processor.batch_decode(heard.answers) == lm.transcribe(others, 8)
+        assert torch.allclose(heard.nll, lm.score(others, texts).nll, atol=1e-4)
+    estimate, corrupted = lm.attribution(clips, others, texts), lm.entering(others)
+
+    def part_of_the_way(step):
+        pairs = zip(corrupted[3], entering[3], strict=True)
+        with lm.patch({3: [a + step * (b - a) for a, b in pairs]}):
+            return lm.score(others, texts).nll
+
+    slope = (part_of_the_way(0.01) - part_of_the_way(-0.01)) / 0.02
+    assert torch.allclose(slope, estimate[3], rtol=0.05, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", HEARING)
+def test_what_a_study_holds_is_counted_whatever_the_blocks_are(name):
+    lm = foreign_listener(name)
+    inputs, cache = lm.processor(waves(0.9)), DynamicCache()
+    lm.model(**inputs, past_key_values=cache, use_cache=True)
+    keys_and_values = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    positions = inputs["input_ids"].shape[1]
+    residuals = (N_LAYERS + 1) * positions * lm.model.config.get_text_config().hidden_size * 4
+    assert 2 * residuals + 3 * keys_and_values < study_bytes(lm.model, positions, 0)
 
 
 @pytest.fixture(scope="module")
