@@ -231,6 +231,8 @@ def test_a_prompt_holds_the_clip_between_the_words_of_the_chat(name):
     ]
     assert ids[0, 0] == processor.tokenizer.bos_token_id
     assert processor.decode(ids[0][labels[0] != -100]) == "please hold"
+    one, alone = processor(clips[:1]), processor(clips[0])
+    assert torch.equal(one["input_ids"], alone["input_ids"])
 
 
 @pytest.mark.parametrize("name", HEARING)

@@ -61,7 +61,7 @@ class Question(NamedTuple):
         from. with_lora: blocks that an adapter changed.
         """
         if self.cut == "without-lora" and not with_lora:
-            raise UsageError("--without-lora: this checkpoint has no LoRA, it was tuned whole")
+            raise UsageError("--without-lora: this model has no LoRA apart from its weights")
         sets = _layer_sets(EACH_BLOCK if self.chooses else self.layers, n_layers)
         if self.cut == "without-lora":
             there = [layers for layers in sets if set(layers) <= set(with_lora)]

@@ -11,6 +11,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from melprobe.audio.load import SAMPLE_RATE
 from melprobe.errors import UsageError
 from melprobe.hooks.anatomy import KNOWN, Anatomy
 from melprobe.model.config import token_ids_only
-from melprobe.model.prompts import ClipPrompts
+from melprobe.model.prompts import ClipPrompts, Wave
 from melprobe.wheels import file_sha256
 
 Heard = tuple[dict[str, Any], list[int]]
@@ -169,9 +170,11 @@ class OtherProcessor(ClipPrompts):
         return self._end_id
 
     def features(self, audio: Any, sampling_rate: int) -> tuple[BatchFeature, list[int]]:
-        """What the class's own feature extractor makes of waves."""
+        """What the class's own feature extractor makes of waves (N,), or of a single one."""
         if sampling_rate != SAMPLE_RATE:
             raise ValueError(f"audio is at {sampling_rate} Hz: give {SAMPLE_RATE} Hz")
+        if isinstance(audio, Wave) and audio.ndim == 1:
+            audio = [audio]
         inputs, counts = self.listening.hear(self.feature_extractor, audio)
         return BatchFeature(inputs), counts
 
@@ -291,6 +294,7 @@ def read_other_config(name: str) -> Any:
     return config
 
 
+@cache  # asked for before a study and after it, and weights are many gigabytes
 def weights_hash(name: str) -> str:
     """The hub's hash of the model's revision, or of a folder sha256 over its weights."""
     if commit := getattr(read_other_config(name), "_commit_hash", None):
