@@ -41,6 +41,7 @@ from melprobe.hooks.positions import (
 )
 from melprobe.listener import DTYPES, Listener, load
 from melprobe.model.checkpoint import DEFAULT, find_checkpoint, read_config, weights_file
+from melprobe.model.exit import check_residuals_reached
 from melprobe.model.inference import batches_by_length
 from melprobe.shards import CaptureWriter
 from melprobe.store import provenance
@@ -96,7 +97,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not 0 < options.shard_mb < math.inf:
         raise UsageError(f"--shard-mb {options.shard_mb}: take a number above 0")
     checkpoint = find_checkpoint(options.checkpoint)
-    numbers = parse_residuals(options.layers, read_config(checkpoint).text_config.num_hidden_layers)
+    config = read_config(checkpoint)
+    numbers = parse_residuals(options.layers, config.text_config.num_hidden_layers)
+    check_residuals_reached(config, numbers)
     parse_positions(options.positions)
     check_writable(options.out, f"--out {options.out}")
     manifest = find_manifest(options.data)

@@ -61,13 +61,19 @@ class _Open:
         """room: for so many rows."""
         n, _, width = like.residuals.shape
         self.numbers, self.room = like.numbers, room
-        self.residuals = like.residuals.new_empty(n, room, width)  # (R, room, D)
-        self.columns = {
-            "utterance": torch.empty(room, dtype=torch.int64),
-            "position": torch.empty(room, dtype=torch.int32),
-            "kind": torch.empty(room, dtype=torch.uint8),
-            "seconds": torch.empty(room, dtype=torch.float32),
-        }
+        try:
+            self.residuals = like.residuals.new_empty(n, room, width)  # (R, room, D)
+            self.columns = {
+                "utterance": torch.empty(room, dtype=torch.int64),
+                "position": torch.empty(room, dtype=torch.int32),
+                "kind": torch.empty(room, dtype=torch.uint8),
+                "seconds": torch.empty(room, dtype=torch.float32),
+            }
+        except (RuntimeError, TypeError):  # TypeError: more than 2^63
+            size = n * room * width * like.residuals.itemsize / 1e6
+            raise UsageError(
+                f"there is no memory for a shard of {size:.3g} MB: take a smaller one"
+            ) from None
         self.counts: list[tuple[int, int]] = []
         """Numbers of utterances, and how many rows each has."""
         self.n = 0
@@ -152,6 +158,9 @@ class CaptureWriter:
             return
         index = read_index(self.folder)
         self._finished = index["finished"]
+        if not self._finished and not shard_path(self.folder, 0).exists():
+            self._write_index({"finished": False})  # no row was made with its settings
+            return
         old = {key: json.dumps(value) for key, value in index["settings"].items()}
         check_same(self.folder, old, {k: json.dumps(v) for k, v in self.settings.items()})
         while (path := shard_path(self.folder, len(self.shards))).exists():

@@ -98,4 +98,4 @@ def needed_memory(name: str, dtype: torch.dtype) -> str:
     """What someone else's model will take, in a line for its user."""
     billions, gigabytes = weights_gb(name, dtype)
     kind = str(dtype).removeprefix("torch.")
-    return f"{name}: {billions:.2g} billion parameters, {gigabytes:.2g} GB in {kind} to be loaded"
+    return f"{name}: {billions:.3g} billion parameters, {gigabytes:.3g} GB in {kind} to be loaded"

@@ -366,6 +366,14 @@ def test_a_full_disk_stops_the_run_with_one_line(folder, tmp_path, monkeypatch):
         capture.main(command(folder, tmp_path / "out", *SMALL))
 
 
+@pytest.mark.parametrize("size", ["1e9", "1e300"])
+def test_a_shard_that_memory_cannot_hold_is_refused(folder, tmp_path, size):
+    with pytest.raises(UsageError, match=r"no memory for a shard of .* MB: take a smaller one"):
+        capture.main(command(folder, tmp_path / "out", "--shard-mb", size))
+    capture.main(command(folder, tmp_path / "out"))  # what is changed is taken up by the same --out
+    assert Capture.open(tmp_path / "out").index["settings"]["shard_mb"] == 64
+
+
 def test_numbers_beyond_float16_are_refused(tmp_path, clips):
     lm = tiny_listener()
     lm.model.audio_front.projection.weight.data *= 1e6

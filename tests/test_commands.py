@@ -222,6 +222,8 @@ def test_a_study_says_what_the_model_does_under_the_same_cut(folder, sweep):
             "nothing to hide them from",
         ),
         (["--skip-layers", "--noise", "nan"], "--noise nan: give decibels"),
+        (["--skip-layers", "--noise", "1e308"], "--noise 1e+308: give decibels from -100 to 100"),
+        (["--patch", "--by", "noise:-300"], "--patch --by noise:-300: give decibels from -100"),
         (["--skip-layers", "--lengths", "2"], "--lengths 2: give seconds from and to"),
         (["--skip-layers", "--lengths", "7-9"], "no clip lasts so long; they last 0.40 to 0.90"),
         (["--skip-layers", "--by", "mean"], "--by goes with --ablate-attention"),

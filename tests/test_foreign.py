@@ -4,20 +4,26 @@ All on random weights of each class's own kind; no real ones were at hand.
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
-from transformers import BertConfig, BertLMHeadModel
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertLMHeadModel, DynamicCache
 
+import melprobe
 from melprobe import ablate
 from melprobe.errors import UsageError
-from melprobe.hooks.anatomy import anatomy
+from melprobe.hooks.anatomy import Anatomy, anatomy
 from melprobe.hooks.capture import capture
 from melprobe.hooks.cuts import bypass, knock_out, skip, watch_blocks
 from melprobe.hooks.layers import decoder_blocks
 from melprobe.hooks.positions import position_kinds, selected
+from melprobe.model.checkpoint import find_checkpoint
+from melprobe.model.memory import study_bytes
+from melprobe.model.others import LISTENING, OtherProcessor
 from tests.foreign import (
     FOREIGN,
     HEARING,
@@ -27,6 +33,7 @@ from tests.foreign import (
     positions_of,
     prompts,
     scaled,
+    tokenizer,
 )
 from tests.tiny import tiny_manifest, waves
 
@@ -224,6 +231,8 @@ def test_a_prompt_holds_the_clip_between_the_words_of_the_chat(name):
     ]
     assert ids[0, 0] == processor.tokenizer.bos_token_id
     assert processor.decode(ids[0][labels[0] != -100]) == "please hold"
+    one, alone = processor(clips[:1]), processor(clips[0])
+    assert torch.equal(one["input_ids"], alone["input_ids"])
 
 
 @pytest.mark.parametrize("name", HEARING)
@@ -245,6 +254,42 @@ def test_replay_gives_what_generate_and_the_loss_give(name):
     assert lm.score(clips[:1], texts[:1]).nll.item() == pytest.approx(
         loss.item() * len(lm.processor.answer_ids(texts[0])), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("name", HEARING)
+def test_a_patch_is_the_other_run_and_attribution_its_derivative(name):
+    lm, texts = foreign_listener(name), ["please hold", "one"]
+    clips = waves(0.9, 0.5)
+    others = [wave[::-1].copy() for wave in clips]
+    clean, entering = lm.score(clips, texts), lm.entering(clips)
+    with lm.patch({0: entering[0]}):
+        assert torch.allclose(lm.score(others, texts).log_probs, clean.log_probs, atol=1e-5)
+    replay = lm.replay(others, texts, 8)
+    with lm.patch({2: entering[2]}):
+        heard = replay.hear(2)
+        assert lm.processor.batch_decode(heard.answers) == lm.transcribe(others, 8)
+        assert torch.allclose(heard.nll, lm.score(others, texts).nll, atol=1e-4)
+    estimate, corrupted = lm.attribution(clips, others, texts), lm.entering(others)
+
+    def part_of_the_way(step):
+        pairs = zip(corrupted[3], entering[3], strict=True)
+        with lm.patch({3: [a + step * (b - a) for a, b in pairs]}):
+            return lm.score(others, texts).nll
+
+    slope = (part_of_the_way(0.01) - part_of_the_way(-0.01)) / 0.02
+    assert torch.allclose(slope, estimate[3], rtol=0.05, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", HEARING)
+def test_what_a_study_holds_is_counted_whatever_the_blocks_are(name):
+    lm = foreign_listener(name)
+    inputs, cache = lm.processor(waves(0.9)), DynamicCache()
+    lm.model(**inputs, past_key_values=cache, use_cache=True)
+    keys_and_values = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    positions = inputs["input_ids"].shape[1]
+    residuals = (N_LAYERS + 1) * positions * lm.model.config.get_text_config().hidden_size * 4
+    assert 2 * residuals + 3 * keys_and_values < study_bytes(lm.model, positions, 0)
 
 
 @pytest.fixture(scope="module")
@@ -276,9 +321,13 @@ def test_a_study_of_a_model_from_the_hub(hub_folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model", "no/such"], "no such model on the hub or on disk"),
+        (["--model", "no/such"], "no config can be read by that name, on the hub or on disk"),
         (["--model", "{}/tiny-asr", "--checkpoint", "mel-mini"], "name one of them"),
         (["--model", "{}/llama"], "llama has no adapter; there are phi4_multimodal"),
+        (
+            ["--model", str(find_checkpoint("mel-mini"))],
+            "it was trained here; name it by --checkpoint",
+        ),
         (["--device-map", "auto"], "--device-map goes with --model"),
         (["--model", "{}/tiny-asr", "--device-map", "auto", "--device", "cpu"], "name one of them"),
     ],
@@ -291,6 +340,59 @@ def test_bad_input_is_one_line(hub_folder, tmp_path, monkeypatch, words, message
         ablate.main(["--skip-layers", *words, "--out", str(tmp_path / "run")])
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def _half_of(weights):
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+
+
+def _without_a_tensor(weights):
+    tensors = load_file(weights)
+    tensors.pop("model.language_model.layers.1.input_layernorm.weight")
+    save_file(tensors, weights, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_half_of, "Error while deserializing header"),
+        (_without_a_tensor, r"1 tensors are missing: model\.language_model\.layers\.1\.input"),
+    ],
+)
+def test_damaged_weights_are_refused(hub_folder, tmp_path, damage, message):
+    """Those that are missing would be drawn at random, and measured."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(hub_folder / "tiny-asr", folder)
+    damage(folder / "model.safetensors")
+    with pytest.raises(UsageError, match=f"--model {folder}: {message}"):
+        melprobe.load_model(str(folder), device="cpu", dtype=torch.float32)
+
+
+def test_a_chat_template_that_takes_words_alone_gets_the_audio_token_among_them():
+    chat = tokenizer()
+    chat.chat_template = (
+        "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '<turn>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<assistant>' }}{% else %}{{ eos_token }}{% endif %}"
+    )
+    extractor = FOREIGN["phi4_multimodal"].extractor()
+    speech = anatomy(FOREIGN["phi4_multimodal"].build())
+    processor = OtherProcessor(extractor, chat, LISTENING["phi4_multimodal"], speech)
+    assert processor.before == "<user>"
+    assert processor.after == "Transcribe the audio clip into text.<turn><assistant>"
+    assert processor.end_id == chat.convert_tokens_to_ids("<turn>")
+
+
+def test_a_clip_that_the_extractor_would_cut_off_is_refused():
+    lm = foreign_listener("qwen2_audio")  # its extractor's window is 1 s here
+    with pytest.raises(UsageError, match=r"lasts 1\.50 s, and this model hears 1 s"):
+        lm.transcribe(waves(0.5, 1.5))
+
+
+def test_the_audio_token_must_be_among_the_tokenizers():
+    small = tokenizer()
+    with pytest.raises(UsageError, match="tokenizer has no token 99, its config's for audio"):
+        OtherProcessor(None, small, LISTENING["qwen3_asr"], Anatomy(99, 0.1))
 
 
 @torch.no_grad()

@@ -10,10 +10,12 @@ import torch
 
 import melprobe
 from melprobe import ablate
+from melprobe.analysis.healing import describe_healing, healing_recipe
 from melprobe.audio.load import load_utterance
 from melprobe.corpus.manifest import read_manifest, write_manifest
 from melprobe.errors import UsageError
-from melprobe.training.recipe import SpeechRecipe
+from melprobe.subject import find_subject
+from melprobe.training.recipe import SpeechRecipe, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,37 @@ def test_bad_input_is_one_line(folder, trained, tmp_path, words, message):
     with pytest.raises(UsageError, match=message):
         ablate.main(arguments(folder, trained, *words, "--out", str(tmp_path / "bad")))
     assert not (tmp_path / "bad").exists()
+
+
+def copied_with(trained, place, **data):
+    """The trained checkpoint with other `data` in its recipe."""
+    shutil.copytree(trained, place)
+    recipe = json.loads((place / "recipe.json").read_text())
+    recipe["data"] |= data
+    (place / "recipe.json").write_text(json.dumps(recipe))
+    return place
+
+
+def test_it_goes_on_at_the_rate_of_the_schedule_that_the_last_stage_belongs_to(
+    folder, trained, tmp_path
+):
+    stages = [{"steps": 5, "lr": 2e-2}, {"steps": 7, "batch_seconds": 2}]
+    place = copied_with(trained, tmp_path / "model", stages=stages)
+    subject = find_subject(ablate.parser().parse_args(arguments(folder, place, "1-2")))
+    recipe = healing_recipe(subject, 20, tmp_path / "healing")
+    assert (recipe.optim.lr, recipe.optim.front_lr) == pytest.approx((5e-3, 2e-2))
+    assert recipe.optim.warmup == 4  # a tenth of 40 batches
+    write_recipe(recipe)
+    (tmp_path / "healing" / "last").mkdir()
+    (tmp_path / "healing" / "last" / "log.jsonl").write_text('{"seconds": 1}\n')
+    assert describe_healing(tmp_path / "healing")["audio_seconds"] == 80
+
+
+def test_missing_training_data_is_said_before_the_study(folder, trained, tmp_path):
+    place = copied_with(trained, tmp_path / "model", train=[{"manifest": "nowhere/train"}])
+    with pytest.raises(UsageError, match="nowhere/train: neither a manifest file nor a corpus"):
+        ablate.main(arguments(folder, place, "1", "--heal", "5", "--out", str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_without_its_recipe_cannot_heal(folder, trained, tmp_path):

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 import melprobe
-from melprobe import ablate, evaluate, prune, transcribe
+from melprobe import ablate, capture, evaluate, prune, transcribe
 from melprobe.errors import UsageError
 from melprobe.hooks.layers import decoder_blocks
 from melprobe.hooks.parts import parts_of
@@ -268,6 +268,17 @@ def test_below_the_exit_interventions_work_and_above_they_are_refused(lm, clips)
         other.replay(clips, TEXTS)
 
 
+def test_residuals_are_captured_as_far_as_speech_goes(lm, clips):
+    """What leaves the last block is no h_L of all positions."""
+    other, seen = leaving(1), []
+    with other.capture({0, 1}, take=seen.append), lm.capture({0, 1}, take=seen.append):
+        log_probs(other, clips), log_probs(lm, clips)
+    assert torch.equal(seen[0].residuals, seen[1].residuals)
+    message = "after block 1, so blocks 3 can't be cut or watched"
+    with pytest.raises(UsageError, match=message), other.capture({N_LAYERS}, "bos", take=print):
+        pass
+
+
 def test_the_command_writes_a_model_that_others_load_and_hear_with(folder, tmp_path, capsys):
     out = tmp_path / "early"
     prune.main(command(folder, out, "--speech-exit", "1", "--dtype", "float32"))
@@ -303,6 +314,8 @@ def test_the_command_writes_a_model_that_others_load_and_hear_with(folder, tmp_p
     study = ["--skip-layers", "--data", str(folder / "data.jsonl"), "--out", str(tmp_path / "run")]
     with pytest.raises(UsageError, match="speech leaves this model after block 1, so blocks 2-3"):
         ablate.main([*study, *where])
+    with pytest.raises(UsageError, match="speech leaves this model after block 1, so blocks 2-3"):
+        capture.main([*study[1:], *where])
     assert not (tmp_path / "run").exists()
     for words in (["--layers", "0"], ["--speech-exit", "0"]):
         with pytest.raises(UsageError, match="after block 1 already: prune the one it was made"):

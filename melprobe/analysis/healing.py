@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from melprobe.analysis.study import LayerStudy
 from melprobe.analysis.sweep import StudyBatch, make_rows
+from melprobe.corpus.manifest import find_manifest
 from melprobe.errors import UsageError
 from melprobe.hooks.cuts import skip
 from melprobe.listener import Listener
@@ -51,13 +52,19 @@ def healing_recipe(subject: Subject, steps: int, out: Path) -> SpeechRecipe:
     except ValidationError as error:
         raise UsageError(f"{path}: {error.errors()[0]['msg']}") from None
     optim = recipe.optim
-    last = recipe.data.stages[-1]
-    rate = RATE * (last.lr or optim.lr)
-    front = RATE * (optim.front_lr or optim.lr) * (last.lr or optim.lr) / optim.lr
-    stage = last.model_copy(update={"steps": steps * optim.accumulate, "lr": None})
+    batches = steps * optim.accumulate
+    stage = recipe.data.stages[-1].model_copy(update={"steps": batches, "lr": None})
     if stage.learn != "text":
         raise UsageError(f"--heal: the last stage of {path} learns {stage.learn}, not text")
-    changes = {"lr": rate, "front_lr": front, "warmup": max(1, steps // 10)}
+    data = recipe.data
+    for name in (*(corpus.manifest for corpus in data.train), *data.dev, *data.test):
+        find_manifest(name)  # missing, it would be noticed only when the study is done
+    rate = RATE * recipe.schedule_at(recipe.steps - 1).height
+    changes = {
+        "lr": rate * optim.lr,
+        "front_lr": rate * (optim.front_lr or optim.lr),
+        "warmup": max(1, batches // 10),
+    }
     return recipe.model_copy(
         update={
             "out": out,
@@ -90,12 +97,13 @@ def heal(subject: Subject, study: LayerStudy, steps: int, out: Path) -> Path:
 def describe_healing(out: Path) -> dict[str, Any]:
     """What a healing run did, for results.json."""
     recipe = SpeechRecipe.model_validate_json((out / "recipe.json").read_bytes())
+    (stage,) = recipe.data.stages
     log = [json.loads(line) for line in (out / "last" / "log.jsonl").read_text().splitlines()]
     return {
         "steps": recipe.steps // recipe.optim.accumulate,
         "seconds": log[-1]["seconds"],
         "learning_rate": recipe.optim.lr,
-        "audio_seconds": recipe.data.batch_seconds * recipe.steps,
+        "audio_seconds": (stage.batch_seconds or recipe.data.batch_seconds) * recipe.steps,
         "trained_on": list(dict.fromkeys(corpus.manifest for corpus in recipe.data.train)),
     }
 
@@ -111,7 +119,7 @@ def add_healed_rows(intact: Listener, healed: Listener, study: LayerStudy, store
             continue
         waves = [study.waves[i] for i in places]
         with batch.variant(target).cut():
-            heard = batch.replay.hear()
+            heard = batch.replay.intact
             scores = healed.score(waves, batch.texts)
         kl = kl_per_clip(intact.score(waves, batch.texts), scores)
         store.add(make_rows(batch, HEALED, target.label, replace(heard, kl=kl), {}))

@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from melprobe.audio.augment import add_noise
+from melprobe.audio.augment import add_noise, check_snr
 from melprobe.audio.load import SAMPLE_RATE, BadAudio
 from melprobe.corpus.manifest import Utterance
 from melprobe.corpus.text import plain_text
@@ -46,8 +46,7 @@ def of_length(utterances: list[Utterance], lengths: str | None) -> list[Utteranc
 
 def noisy(waves: list[np.ndarray], snr_db: float, seed: int) -> list[np.ndarray]:
     """The waves with noise `snr_db` below each, of a random colour; the same for the same seed."""
-    if not math.isfinite(snr_db):
-        raise UsageError(f"--noise {snr_db}: give decibels, such as 10")
+    check_snr(snr_db, f"--noise {snr_db:g}")
     rng = np.random.default_rng([seed, 1])
     return [add_noise(wave, snr_db, rng) for wave in waves]
 

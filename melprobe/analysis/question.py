@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from melprobe.audio.augment import check_snr
 from melprobe.corpus.manifest import Utterance
 from melprobe.errors import UsageError
 from melprobe.hooks.layers import parse_layers
@@ -69,7 +70,7 @@ class Question(NamedTuple):
         with_lora: blocks that an adapter changed.
         """
         if self.cut == "without-lora" and not with_lora:
-            raise UsageError("--without-lora: this checkpoint has no LoRA, it was tuned whole")
+            raise UsageError("--without-lora: this model has no LoRA apart from its weights")
         if self.cut == "no-head":
             if self.layers.partition(":")[0] in SERIES:
                 raise UsageError(
@@ -202,14 +203,16 @@ def _by(text: str | None, cut: CutName) -> tuple[By, float]:
     """What `--by` says, and the decibels of `noise:DB`."""
     if cut == "patch":
         name, _, decibels = (text or "resample").partition(":")
-        try:
-            if name == "noise" and math.isfinite(snr_db := float(decibels)):
-                return "noise", snr_db
-        except ValueError:
-            pass
         if text in (None, "resample"):
             return "resample", 0.0
-        raise UsageError(f"--patch --by {text}: take resample (another clip) or noise:DB")
+        try:
+            snr_db = float(decibels)
+        except ValueError:
+            name = ""
+        if name != "noise":
+            raise UsageError(f"--patch --by {text}: take resample (another clip) or noise:DB")
+        check_snr(snr_db, f"--patch --by {text}")
+        return "noise", snr_db
     if cut in PARTS:
         if text in (None, "zero", "mean", "resample"):
             return text or "zero", 0.0  # type: ignore[return-value]

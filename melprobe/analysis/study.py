@@ -54,7 +54,7 @@ class LayerStudy:
             u = self.utterances[sizes.index(max(sizes))]
             raise UsageError(
                 f"{u.where}: {u.audio}: takes {max(sizes) / 1e6:.0f} MB in a study, and there are "
-                f"{most / 1e6:.0f} for clips (half of --memory {self.memory_mb}): give more memory "
+                f"{most / 1e6:g} for clips (half of --memory {self.memory_mb}): give more memory "
                 "or cut the clip"
             )
         return list(batches_by_length(sizes, most))

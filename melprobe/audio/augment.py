@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.audio_utils import hertz_to_mel, mel_to_hertz
 
 from melprobe.audio.load import SAMPLE_RATE
+from melprobe.errors import UsageError
 
 
 def change_speed(wave: np.ndarray, factor: float) -> np.ndarray:
@@ -18,6 +19,12 @@ def change_speed(wave: np.ndarray, factor: float) -> np.ndarray:
     if abs(factor - 1) < 0.005:
         return wave
     return soxr.resample(wave, SAMPLE_RATE * factor, SAMPLE_RATE, quality="QQ").astype(np.float32)
+
+
+def check_snr(snr_db: float, named: str) -> None:
+    """UsageError for decibels beyond 100: there float32 holds the clip or the noise, not both."""
+    if not abs(snr_db) <= 100:
+        raise UsageError(f"{named}: give decibels from -100 to 100, such as 10")
 
 
 def add_noise(wave: np.ndarray, snr_db: float, rng: np.random.Generator) -> np.ndarray:

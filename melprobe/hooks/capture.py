@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from melprobe.hooks.cuts import residuals
 from melprobe.hooks.layers import block_input, check_residuals, decoder_blocks
 from melprobe.hooks.positions import Kind, PositionTracker
-from melprobe.model.exit import check_reached
+from melprobe.model.exit import check_residuals_reached
 from melprobe.shards import Caught
 
 
@@ -44,7 +44,7 @@ def capture(
     """
     blocks = decoder_blocks(model)
     chosen = check_residuals(numbers, len(blocks))
-    check_reached(model.config, [number for number in chosen if number < len(blocks)])
+    check_residuals_reached(model.config, chosen)
 
     def hand_out(*_: Any) -> None:
         take(running.end())

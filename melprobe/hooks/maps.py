@@ -21,7 +21,7 @@ class ResidualMap:
         """source, target: what entered a block of either at the same positions of the same clips.
 
         ridge: penalty on the weights' squares, beside squared errors. Raises UsageError where the
-        positions differ in number, or are fewer than the source has dimensions.
+        positions differ in number, or are no more than the source has dimensions.
         """
         counts = [len(rows) for rows in source], [len(rows) for rows in target]
         if counts[0] != counts[1]:

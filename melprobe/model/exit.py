@@ -70,6 +70,12 @@ def check_reached(config: Any, layers: Iterable[int]) -> None:
         )
 
 
+def check_residuals_reached(config: Any, numbers: Iterable[int]) -> None:
+    """The same of residuals: h_l is with block l, and what leaves the last block is with it."""
+    last = config.get_text_config().num_hidden_layers - 1
+    check_reached(config, {min(number, last) for number in numbers})
+
+
 @contextmanager
 def speech_leaves(model: Any, speech: Tensor, text: Tensor, past: int) -> Iterator[None]:
     """Let speech leave after block `model.config.speech_exit` in the decoder's pass inside.

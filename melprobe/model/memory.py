@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch.autograd.profiler import profile
@@ -43,17 +44,24 @@ def study_bytes(model: PreTrainedModel, positions: int, answer_tokens: int) -> i
     """
     config = model.config.get_text_config()
     width, blocks, size = config.hidden_size, config.num_hidden_layers, model.dtype.itemsize
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    # Gemma 4's blocks differ in their heads.
+    layers = list(getattr(config, "per_layer_config", None) or [config] * blocks)
     residuals = (blocks + 1) * width
-    cache = 2 * blocks * heads * head
-    block = 4 * width + 3 * config.intermediate_size
+    cache = sum(_keys_and_values(layer) for layer in layers)
+    block = 4 * width + 3 * max(layer.intermediate_size for layer in layers)
     masks = positions  # a byte for each pair of positions
     per_position = size * (2 * residuals + 3 * cache + block) + masks
     per_token = config.vocab_size * (2 * size + 3 * torch.float32.itemsize)
     seconds = anatomy(model).seconds  # nan for a model that only reads
     per_position += int(100 * seconds * _FRAME) if seconds > 0 else 0
     return positions * per_position + answer_tokens * per_token
+
+
+def _keys_and_values(config: Any) -> int:
+    """Numbers that a block of this config leaves in the cache for a position."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * heads * head
 
 
 def default_budget_mb(model: PreTrainedModel) -> int:

@@ -11,10 +11,13 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from jinja2 import TemplateError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
@@ -28,7 +31,7 @@ from melprobe.audio.load import SAMPLE_RATE
 from melprobe.errors import UsageError
 from melprobe.hooks.anatomy import KNOWN, Anatomy
 from melprobe.model.config import token_ids_only
-from melprobe.model.prompts import ClipPrompts
+from melprobe.model.prompts import ClipPrompts, Wave
 from melprobe.wheels import file_sha256
 
 Heard = tuple[dict[str, Any], list[int]]
@@ -73,6 +76,13 @@ def _gemma4_unified(extractor: Any, waves: Sequence[Any]) -> Heard:
 
 
 def _qwen2_audio(extractor: Any, waves: Sequence[Any]) -> Heard:
+    longest, heard = max(map(len, waves)), extractor.n_samples
+    if longest > heard:  # which it would cut off without a word
+        raise UsageError(
+            f"a clip lasts {longest / SAMPLE_RATE:.2f} s, and this model hears "
+            f"{heard / SAMPLE_RATE:g} s: take shorter ones, such as --lengths "
+            f"0-{heard / SAMPLE_RATE:g}"
+        )
     made = _whisper_frames(extractor, waves)
     mask = made["attention_mask"]
     halves = (mask.sum(1) - 1) // 2 + 1
@@ -160,9 +170,11 @@ class OtherProcessor(ClipPrompts):
         return self._end_id
 
     def features(self, audio: Any, sampling_rate: int) -> tuple[BatchFeature, list[int]]:
-        """What the class's own feature extractor makes of waves."""
+        """What the class's own feature extractor makes of waves (N,), or of a single one."""
         if sampling_rate != SAMPLE_RATE:
             raise ValueError(f"audio is at {sampling_rate} Hz: give {SAMPLE_RATE} Hz")
+        if isinstance(audio, Wave) and audio.ndim == 1:
+            audio = [audio]
         inputs, counts = self.listening.hear(self.feature_extractor, audio)
         return BatchFeature(inputs), counts
 
@@ -179,6 +191,10 @@ class OtherProcessor(ClipPrompts):
         """Text before and after the audio, and what ends an answer."""
         asked, tokenizer = self.listening, self.tokenizer
         audio = tokenizer.convert_ids_to_tokens(self.audio_token_id)
+        if audio is None:
+            raise UsageError(
+                f"the model's tokenizer has no token {self.audio_token_id}, its config's for audio"
+            )
         opening, closing = (getattr(tokenizer, name, None) or "" for name in asked.wrap)
         if not getattr(tokenizer, "chat_template", None):
             if asked.plain is None:
@@ -189,7 +205,10 @@ class OtherProcessor(ClipPrompts):
             return asked.plain[0] + opening, closing + asked.plain[1], ""
         said = [{"type": "text", "text": asked.ask}] if asked.ask else []
         heard: Any = [{"type": "audio"}, *said]
-        text = self._chat(heard, "")
+        try:
+            text = self._chat(heard, "")
+        except (TypeError, TemplateError):  # it takes no lists, such as Phi-4's
+            text = ""
         if text.count(audio) != 1:  # a template for text alone
             heard = audio + asked.ask
             text = self._chat(heard, "")
@@ -235,11 +254,15 @@ def load_other(
     config = read_other_config(name)
     kind = config.model_type
     try:
-        model = AutoModelForMultimodalLM.from_pretrained(name, dtype=dtype, device_map=device_map)
+        model, found = AutoModelForMultimodalLM.from_pretrained(
+            name, dtype=dtype, device_map=device_map, output_loading_info=True
+        )
         extractor = AutoFeatureExtractor.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ImportError, ValueError) as error:
+    except (OSError, ImportError, ValueError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"--model {name}: {' '.join(str(error).split())}") from None
+    if missing := sorted(found["missing_keys"]):  # they were drawn at random
+        raise UsageError(f"--model {name}: {len(missing)} tensors are missing: {missing[0]} …")
     if device is not None and device_map is None:
         model.to(device)
     model.generation_config = token_ids_only(model.generation_config)
@@ -258,8 +281,11 @@ def read_other_config(name: str) -> Any:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"--model {name}: no such model on the hub or on disk ({' '.join(str(error).split())})"
+            f"--model {name}: no config can be read by that name, on the hub or on disk "
+            f"({' '.join(str(error).split())})"
         ) from None
+    if config.model_type == "mel_llm":
+        raise UsageError(f"--model {name}: it was trained here; name it by --checkpoint")
     if config.model_type not in LISTENING:
         raise UsageError(
             f"--model {name}: {config.model_type} has no adapter; there are "
@@ -268,12 +294,13 @@ def read_other_config(name: str) -> Any:
     return config
 
 
+@cache  # asked for before a study and after it, and weights are many gigabytes
 def weights_hash(name: str) -> str:
     """The hub's hash of the model's revision, or of a folder sha256 over its weights."""
     if commit := getattr(read_other_config(name), "_commit_hash", None):
         return commit
     digest = hashlib.sha256()
-    for path in sorted(Path(name).glob("*.safetensors")):
+    for path in sorted([*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]):
         digest.update(file_sha256(path).encode())
     return digest.hexdigest()
 
