@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             bar = progress.add_task("cutting", total=rows_due)
             run_layer_study(listener, study, store, partial(progress.advance, bar))
         if options.heal is not None:
-            folder = heal(subject, study, options.heal, out / "healing")
+            folder = heal(subject, study, options.heal, out / "healing", listener.model.device)
             healed = load(folder, device=options.device, dtype=listener.model.dtype)
             add_healed_rows(listener, healed, study, store)
         store.export_parquet(out / "rows.parquet")

@@ -31,6 +31,7 @@ from melprobe.audio.load import load_usable
 from melprobe.corpus.manifest import Utterance, find_manifest, read_manifest
 from melprobe.errors import Parser, UsageError, check_writable, run
 from melprobe.evaluate import Batched, make_rows, row_errors, score
+from melprobe.folders import replace_folder
 from melprobe.hooks.layers import decoder_blocks, format_layers, parse_layers
 from melprobe.listener import DTYPES, Listener, load
 from melprobe.model import checkpoint
@@ -84,7 +85,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     disable_progress_bar()
     processor = cast(MelLLMProcessor, listener.processor)
-    checkpoint.save(listener.model, processor, options.out, listener.model.dtype)
     found = {
         "checkpoint": options.checkpoint,
         "data": options.data,
@@ -95,9 +95,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "delta_wer_ci": [paired.low, paired.high] if math.isfinite(paired.high) else None,
         "left_out": left_out,
     }
-    if (folder / "data.json").exists():
-        shutil.copy(folder / "data.json", options.out)
-    (options.out / "prune.json").write_text(json.dumps(found, indent=2) + "\n")
+
+    def write(out: Path) -> None:
+        checkpoint.save(listener.model, processor, out, listener.model.dtype)
+        if (folder / "data.json").exists():
+            shutil.copy(folder / "data.json", out)
+        (out / "prune.json").write_text(json.dumps(found, indent=2) + "\n")
+
+    replace_folder(options.out, write)
     print(json.dumps(found, indent=2))
 
 

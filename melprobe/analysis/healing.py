@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from melprobe.analysis.study import LayerStudy
@@ -79,8 +80,8 @@ def healing_recipe(subject: Subject, steps: int, out: Path) -> SpeechRecipe:
     )
 
 
-def heal(subject: Subject, study: LayerStudy, steps: int, out: Path) -> Path:
-    """Train with the study's blocks skipped; the healed checkpoint, in `out`.
+def heal(subject: Subject, study: LayerStudy, steps: int, out: Path, device: torch.device) -> Path:
+    """Train on `device` with the study's blocks skipped; the healed checkpoint, in `out`.
 
     Stopped and started again, it goes on where it was.
     """
@@ -90,7 +91,7 @@ def heal(subject: Subject, study: LayerStudy, steps: int, out: Path) -> Path:
         task = SpeechTask(recipe)
         write_recipe(recipe)
         with skip(task.model, study.targets[0].layers, study.question.positions):
-            fit(task, recipe)
+            fit(task, recipe, device)
     return done
 
 

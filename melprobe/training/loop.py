@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from melprobe.errors import UsageError
+from melprobe.folders import replace_folder
 from melprobe.training.muon import Muon
 from melprobe.training.recipe import Optim, Recipe
-from melprobe.training.state import State, replace_folder
+from melprobe.training.state import State
 
 
 class Task(Protocol):
@@ -55,12 +56,19 @@ def learning_rate_scale(step: int, recipe: Recipe) -> float:
     return height * max(decay, 0.01)
 
 
-def fit(task: Task, recipe: Recipe) -> list[dict[str, Any]]:
-    """Train `task` as `recipe` says, from its saved state if there is one; returns the log."""
+def fit(task: Task, recipe: Recipe, device: torch.device | None = None) -> list[dict[str, Any]]:
+    """Train `task` as `recipe` says, from its saved state if there is one; returns the log.
+
+    device: a CPU or a GPU; the first GPU there is when not given.
+    """
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # which accelerate then takes
     accelerator = Accelerator(
         mixed_precision="bf16" if recipe.precision == "bf16" else "no",
         gradient_accumulation_steps=recipe.optim.accumulate,
-        cpu=not torch.cuda.is_available(),
+        cpu=device.type == "cpu",
     )
     task.model.to(accelerator.device)
     task.heads.to(accelerator.device)

@@ -1,12 +1,7 @@
-"""What a training run leaves on disk: never half of anything, never pickled.
-
-A folder is written beside the old one and then put in its place, so that a run which is killed at
-any moment finds a whole one when it starts again.
-"""
+"""What a training run leaves on disk: never half of anything, never pickled."""
 
 import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +12,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from melprobe.errors import UsageError
-
-
-def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` fill a new folder, then put it in the old one's place."""
-    draft, old = folder.with_suffix(".draft"), folder.with_suffix(".old")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    write(draft)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    draft.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def recover_folder(folder: Path) -> bool:
-    """Whether the folder is there; one whose replacement was cut off is put back."""
-    old = folder.with_suffix(".old")
-    if not folder.exists() and old.exists():  # killed between the two renames
-        old.rename(folder)
-    return folder.exists()
+from melprobe.folders import recover_folder, replace_folder
 
 
 class State:

@@ -1,0 +1,34 @@
+"""Folders that are whole or not there.
+
+A folder is written beside the old one and then put in its place, so that a run which is killed at
+any moment finds a whole one when it starts again.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` fill a new folder, then put it in the old one's place."""
+    draft, old = _beside(folder, "draft"), _beside(folder, "old")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    write(draft)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    draft.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(folder: Path) -> bool:
+    """Whether the folder is there; one whose replacement was cut off is put back."""
+    old = _beside(folder, "old")
+    if not folder.exists() and old.exists():  # killed between the two renames
+        old.rename(folder)
+    return folder.exists()
+
+
+def _beside(folder: Path, kind: str) -> Path:
+    return folder.with_name(f"{folder.name}.{kind}")
