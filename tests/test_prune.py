@@ -106,3 +106,18 @@ def test_lora_must_be_folded_in(folder):
     lm = melprobe.load(folder / "model", device="cpu", merge=False)
     with pytest.raises(UsageError, match="merge=True"):
         drop_blocks(lm.model, {1})
+
+
+def test_killed_while_it_writes_it_leaves_the_place_free(folder, tmp_path, monkeypatch):
+    def half(model, processor, out, dtype):
+        (out / "config.json").write_text("{")
+        raise KeyboardInterrupt
+
+    words = command(folder, tmp_path / "v1.0", "--layers", "1", "--dtype", "float32")
+    with monkeypatch.context() as patched:
+        patched.setattr(prune.checkpoint, "save", half)
+        with pytest.raises(KeyboardInterrupt):
+            prune.main(words)
+    assert not (tmp_path / "v1.0").exists()
+    prune.main(words)
+    assert {path.name for path in tmp_path.iterdir()} == {"v1.0"}
