@@ -37,7 +37,7 @@ def wer(utterances, heard):
 
 def test_it_writes_down_words_in_random_order(listener, clips):
     utterances, waves = clips
-    assert wer(utterances, listener.transcribe(waves, LIMIT)) < 0.18  # 0.11; on 700 clips 0.10
+    assert wer(utterances, listener.transcribe(waves, LIMIT)) < 0.15  # 0.09; on 700 clips 0.08
 
 
 def test_it_writes_what_it_hears_not_what_was_asked(listener, clips):
@@ -67,9 +67,10 @@ def test_its_layer_study_passes_the_gate(tmp_path):
     ablate.main(["--skip-layers", *words, "--out", str(tmp_path / "run")])
     found = json.loads((tmp_path / "run" / "results.json").read_text())
     assert found["gate"]["passed"]
-    first, *_, last = found["layers"]
-    assert first["damage"] == max(layer["damage"] for layer in found["layers"])
-    assert first["delta_nll_ci"][0] > 1 and last["damage"] == 0
+    *_, last = found["layers"]
+    worst = max(found["layers"], key=lambda layer: layer["damage"])
+    assert worst["layer"] <= 6 and worst["delta_nll_ci"][0] > 1  # where training read words
+    assert last["damage"] == 0
 
 
 @pytest.mark.parametrize(("layers", "n_sets"), [("greedy", (2, 9)), ("picks:3", (1, 4))])
