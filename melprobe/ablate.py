@@ -4,10 +4,9 @@ Cuts each decoder block in turn (or one set of blocks) at the speech positions, 
 costs, and writes a report. A block does two things for a position: it works on what stands there,
 and lets other positions read it. --skip-layers takes the first away, --knockout the second,
 --bypass-layers both. --ablate-attention, --ablate-mlp and --ablate-heads take one part of the work.
---patch puts in
-what enters the block when the model hears something else: from which block on is nothing read there
-any more? --without-lora leaves the block and takes away what speech training changed in it. Stopped
-and started again, a study goes on where it was.
+--patch puts in what enters the block when the model hears something else: from which block on is
+nothing read there any more? --without-lora leaves the block and takes away what speech training
+changed in it. Stopped and started again, a study goes on where it was.
 """
 
 import json
