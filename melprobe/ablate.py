@@ -25,7 +25,7 @@ from melprobe.analysis.choice import choose_sets, halves
 from melprobe.analysis.findings import describe_data, layer_findings
 from melprobe.analysis.healing import add_healed_rows, describe_healing, heal, healing_recipe
 from melprobe.analysis.protocol import answer_limit, choose, leave_out_too_long, noisy, of_length
-from melprobe.analysis.question import CutName, Question, asked
+from melprobe.analysis.question import Question, asked
 from melprobe.analysis.study import LayerStudy, swap_partners
 from melprobe.analysis.sweep import run_layer_study
 from melprobe.audio.load import SAMPLE_RATE, load_usable
@@ -38,6 +38,7 @@ from melprobe.model.memory import default_budget_mb
 from melprobe.report.examples import chosen_utterances, clip_path
 from melprobe.report.html import render
 from melprobe.report.reading import EACH_BLOCK
+from melprobe.report.schema import CutName
 from melprobe.store import RowStore
 from melprobe.subject import Subject, find_subject
 from melprobe.wheels import file_sha256

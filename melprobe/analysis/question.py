@@ -5,7 +5,7 @@ Everything that can be refused is refused here, before a model has run.
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,18 +18,8 @@ from melprobe.hooks.patching import check_patched_positions
 from melprobe.hooks.positions import Kind, parse_positions, patches_between
 from melprobe.model.prompts import ClipPrompts
 from melprobe.report.reading import EACH_BLOCK, SERIES
+from melprobe.report.schema import By, CutName
 
-CutName = Literal[
-    "skip",
-    "knock-out",
-    "bypass",
-    "no-attention",
-    "no-mlp",
-    "no-head",
-    "patch",
-    "without-lora",
-]
-By = Literal["", "zero", "mean", "resample", "noise"]
 PARTS: dict[CutName, PartName] = {"no-attention": "attention", "no-mlp": "mlp", "no-head": "head"}
 
 

@@ -16,26 +16,28 @@ from melprobe.errors import UsageError
 
 SCHEMA = 4
 Interval = tuple[FiniteFloat, FiniteFloat]
+CutName = Literal[
+    "skip",
+    "knock-out",
+    "bypass",
+    "no-attention",
+    "no-mlp",
+    "no-head",
+    "patch",
+    "without-lora",
+]
+By = Literal["", "zero", "mean", "resample", "noise"]
 
 
 class Question(TypedDict):
-    cut: Literal[
-        "skip",
-        "knock-out",
-        "bypass",
-        "no-attention",
-        "no-mlp",
-        "no-head",
-        "patch",
-        "without-lora",
-    ]
+    cut: CutName
     positions: str
     """speech, text, prompt, answer, bos, all, or times of speech such as speech:0.5-1.2"""
     readers: str
     """positions that a knock-out hides them from; "" for all others"""
     beyond: float
     """seconds of speech that a knock-out of speech from speech leaves to be read; 0 for none"""
-    by: Literal["", "zero", "mean", "resample", "noise"]
+    by: By
     """what stands in the place of a part that is taken out, or of a residual that is patched"""
     source_noise_db: float
     """of a patch by noise: how far below the clip that is"""
