@@ -95,11 +95,24 @@ def uninterrupted(workshop):
     return workshop / "whole"
 
 
-def test_a_killed_run_resumes_and_ends_the_same(workshop):
+@pytest.fixture(scope="module")
+def in_float32(workshop, uninterrupted):
+    """After the run in bfloat16 and in its process, as a notebook would."""
+    out = workshop / "float32"
+    train.main([str(workshop / "recipe.yaml"), "--precision", "float32", "--out", str(out)])
+    return out
+
+
+def test_one_process_trains_in_either_precision(uninterrupted, in_float32):
+    coarse, fine = losses(uninterrupted), losses(in_float32)
+    assert coarse[:4] == pytest.approx(fine[:4], rel=0.02)  # before the updates drift apart
+    assert coarse != fine
+
+
+def test_a_killed_run_resumes_and_ends_the_same(workshop, in_float32):
     """In float32: now and then a process rounds otherwise, which bfloat16 makes much of."""
-    out, uninterrupted = workshop / "killed", workshop / "uninterrupted"
+    out = workshop / "killed"
     words = [str(workshop / "recipe.yaml"), "--precision", "float32", "--out"]
-    train.main([*words, str(uninterrupted)])
     command = [
         sys.executable,
         "-m",
@@ -121,7 +134,7 @@ def test_a_killed_run_resumes_and_ends_the_same(workshop):
     before = json.loads(state.read_text())["step"]
     assert 4 <= before < STEPS
     train.main([*words, str(out)])
-    assert losses(out) == pytest.approx(losses(uninterrupted), rel=1e-4)
+    assert losses(out) == pytest.approx(losses(in_float32), rel=1e-4)
     assert len(losses(out)) == STEPS
 
 

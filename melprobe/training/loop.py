@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -65,6 +66,9 @@ def fit(task: Task, recipe: Recipe, device: torch.device | None = None) -> list[
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)  # which accelerate then takes
+    # Accelerate keeps one state a process, which would refuse a second run (a notebook's) on
+    # another device or in another precision; it has no public way to begin anew.
+    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(
         mixed_precision="bf16" if recipe.precision == "bf16" else "no",
         gradient_accumulation_steps=recipe.optim.accumulate,
