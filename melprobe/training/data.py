@@ -203,7 +203,8 @@ class SpeechBatches(Dataset[tuple[int, BatchFeature]]):
         mel = batch["input_features"]
         if self.augment.frequency_warp != (1.0, 1.0):
             factors = rng.uniform(*self.augment.frequency_warp, size=len(mel))
-            mel = warp_frequency(mel, factors, self.processor.feature_extractor.f_max)
+            extractor = self.processor.feature_extractor
+            mel = warp_frequency(mel, factors, extractor.f_max, extractor.mel_scale)
         batch["input_features"] = spec_augment(
             mel,
             batch["feature_attention_mask"].sum(1),

