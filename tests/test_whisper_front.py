@@ -21,6 +21,15 @@ SMALL |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "decoder_star
 EXTRACTOR = MelLLMFeatureExtractor(normalisation="none", spectrogram="whisper", f_max=8000.0)
 
 
+def whisper_folder(folder):
+    """A tiny Whisper of random weights, saved."""
+    whisper = WhisperForConditionalGeneration(WhisperConfig(**SMALL))
+    for parameter in whisper.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    whisper.save_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     """A folder with a tiny base and a tiny Whisper, both of random weights."""
@@ -29,11 +38,7 @@ def sources(tmp_path_factory):
     lm = tiny_listener()
     lm.processor.tokenizer.save_pretrained(place / "base")
     lm.model.language_model.save_pretrained(place / "base")
-    whisper = WhisperForConditionalGeneration(WhisperConfig(**SMALL))
-    for parameter in whisper.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.3)
-    whisper.save_pretrained(place / "whisper")
+    whisper_folder(place / "whisper")
     return place
 
 

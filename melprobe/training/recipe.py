@@ -36,6 +36,11 @@ class Lora(_Strict):
         *("gate_proj", "up_proj", "down_proj"),
     )
     """Linear layers of a block that get one."""
+    init: str | None = None
+    """A checkpoint over the same base whose adapter to start from, without its front; else random,
+    which at first changes nothing."""
+    held: tuple[int, ...] = ()
+    """Blocks whose adapter keeps what it starts with while the others learn."""
 
     def to_peft(self) -> LoraConfig:
         return LoraConfig(
@@ -76,6 +81,12 @@ class Model(_Strict):
     """A checkpoint whose front and adapter to start from."""
 
     @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if self.init and self.lora and self.lora.init:
+            raise ValueError("init brings an adapter along, and lora.init another: name one")
+        return self
+
+    @model_validator(mode="after")
     def _front_has_what_it_needs(self) -> Self:
         if self.front != "whisper":
             if self.encoder != Encoder():
@@ -109,6 +120,8 @@ class Stage(_Strict):
     learn: Literal["text", "tokens", "phones"] = "text"
     """`phones`: their framewise targets alone, and no block above `frames.phones_after`; `tokens`:
     those of tokens as well, up to `frames.tokens_after`. Both need clips with word times."""
+    train: Literal["all", "front"] = "all"
+    """`front`: the audio front alone learns, and the decoder stays as it is."""
     lr: Annotated[float, Field(gt=0)] | None = None
     """In place of `optim.lr`, with a warm-up and a decay of its own: a stage that comes when the
     rate has run out cannot learn anything new. Stages without it share the schedule before them."""
@@ -133,6 +146,18 @@ class CTC(_Strict):
     """The block after which it listens."""
     weight: Annotated[float, Field(gt=0)] = 0.5
     steps: Annotated[int, Field(ge=1)]
+
+
+class Distillation(_Strict):
+    """Imitate another model's residuals at speech positions, in the stages that learn text."""
+
+    teacher: str
+    """A checkpoint over the same base with as many patches a second, such as the twin."""
+    layer: Annotated[int, Field(ge=0)]
+    """The block after which both are read."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    steps: Annotated[int, Field(ge=1)]
+    """For how many of the run's first."""
 
 
 class Frames(_Strict):
@@ -228,6 +253,7 @@ class SpeechRecipe(_Run):
     augment: Augment = Augment()
     ctc: CTC | None = None
     frames: Frames | None = None
+    distil: Distillation | None = None
 
     @property
     def steps(self) -> int:
