@@ -46,12 +46,8 @@ class Bootstrap:
     def __init__(self, speakers: Sequence[str], *, resamples: int = 5000, seed: int = 0) -> None:
         if not speakers:
             raise UsageError("no utterances, so there is nothing to resample")
-        by_speaker = len(set(speakers) - {""}) >= ENOUGH_SPEAKERS
-        self.unit: Literal["speaker", "utterance"] = "speaker" if by_speaker else "utterance"
-        keys = [name if by_speaker and name else i for i, name in enumerate(speakers)]
-        rank = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-        self._unit_of = np.array([rank[key] for key in keys])
-        self.n_units = len(rank)
+        self._unit_of, self.n_units = clusters(speakers)
+        self.unit: Literal["speaker", "utterance"] = "speaker" if _enough(speakers) else "utterance"
         chances = np.full(self.n_units, 1 / self.n_units)
         draws = np.random.default_rng(seed).multinomial(self.n_units, chances, size=resamples)
         self._draws = draws.astype(np.float64)  # [R, units]: how often each resample holds a unit
@@ -102,6 +98,26 @@ class Bootstrap:
         lows = values - np.quantile(t.max(axis=1), 1 - tail) * errors
         highs = values - np.quantile(t.min(axis=1), tail) * errors
         return [Interval(*map(float, row)) for row in zip(values, lows, highs, strict=True)]
+
+
+def _enough(speakers: Sequence[str]) -> bool:
+    return len(set(speakers) - {""}) >= ENOUGH_SPEAKERS
+
+
+def clusters(speakers: Sequence[str]) -> tuple[NDArray[np.int64], int]:
+    """[N] number of the unit that is drawn with each utterance, and how many units there are."""
+    by_speaker = _enough(speakers)
+    keys = [name if by_speaker and name else i for i, name in enumerate(speakers)]
+    rank = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    return np.array([rank[key] for key in keys]), len(rank)
+
+
+def ratio_error(above: Floats, below: Floats, unit_of: NDArray[np.int64], n_units: int) -> float:
+    """Standard error of Σ above / Σ below, both [N], over clusters; 0 with a single one."""
+    if n_units < 2:
+        return 0.0
+    residuals = np.bincount(unit_of, above - above.sum() / below.sum() * below, n_units)
+    return float(_spread((residuals**2).sum(keepdims=True), below.sum(), n_units)[0])
 
 
 def _spread(squares: Floats, size: Floats, units: int) -> Floats:

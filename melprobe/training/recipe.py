@@ -105,6 +105,8 @@ class Corpus(_Strict):
     """Path, or name like `queen/train`."""
     repeat: Annotated[int, Field(ge=1)] = 1
     """How often an epoch reads it."""
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """About how much of it is read: always the same clips, and a smaller share's among them."""
     crop_words: Annotated[int, Field(ge=1)] | None = None
     """Cut its clips at their word times into pieces of so many words, and leave out the clips that
     have none."""
@@ -345,12 +347,16 @@ def read_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recip
     if not isinstance(fields, dict):
         raise UsageError(f"{path}: a recipe is a mapping of fields")
     for name, value in (overrides or {}).items():
-        _set_field(fields, name, value)
+        try:
+            # YAML reads 3e-4 as text; pydantic makes a number of it where one is due.
+            set_field(fields, name, yaml.safe_load(value))
+        except yaml.YAMLError:
+            raise UsageError(f"--{name} {value}: not a value in YAML") from None
     kind = TextRecipe if fields.get("task") == "text" else SpeechRecipe
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        raise UsageError(f"{path}: {_describe(error)}") from None
+        raise UsageError(f"{path}: {describe(error)}") from None
 
 
 def write_recipe(recipe: Recipe) -> None:
@@ -361,19 +367,19 @@ def write_recipe(recipe: Recipe) -> None:
     draft.replace(recipe.out / "recipe.json")
 
 
-def _set_field(fields: dict[str, Any], name: str, value: str) -> None:
+def set_field(fields: dict[str, Any], name: str, value: Any) -> None:
+    """Set a dotted field in place; UsageError where there is no such place."""
     *path, last = [int(part) if part.isdecimal() else part for part in name.split(".")]
     place: Any = fields
     try:
         for part in path:
             place = place[part] if isinstance(part, int) else place.setdefault(part, {})
-        # YAML reads 3e-4 as text; pydantic makes a number of it where one is due.
-        place[last] = yaml.safe_load(value)
-    except (KeyError, IndexError, TypeError, AttributeError, yaml.YAMLError):
+        place[last] = value
+    except (KeyError, IndexError, TypeError, AttributeError):
         raise UsageError(f"--{name} {value}: the recipe has no such field to set") from None
 
 
-def _describe(error: ValidationError) -> str:
+def describe(error: ValidationError) -> str:
     """A validation error in one line: every field, and what is wrong with it."""
     parts = []
     for e in error.errors():

@@ -1,0 +1,97 @@
+"""A study's table and its sentence, from its `results.json` alone."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from melprobe.report.notation import listing
+
+Found = dict[str, Any]
+
+
+def markdown(results: Found) -> str:
+    """The whole report of a study."""
+    table = f" (the paper's Table {results['table']})" if results["table"] else ""
+    lines = [f"# {results['title']}", ""]
+    lines += [f"**{sentence(results)}**", ""]
+    lines += [_head(results), "|---|" + "---:|" * (3 + bool(results["table"]))]
+    lines += [_row(arm, bool(results["table"])) for arm in results["arms"]]
+    seeds, clips = results["seeds"], results["test"]["clips"]
+    lines += [
+        "",
+        f"Word error rates{table} of {results['test']['name']}, {clips} clips of "
+        f"{results['test']['speakers']} speakers, mean of {seeds} training runs with their 95 % "
+        "interval over runs and speakers. Each arm had the same clips in the same order and as "
+        f"many steps. {results['note']}".rstrip(),
+        "",
+        "| pair | difference in points | order |",
+        "|---|---:|---|",
+    ]
+    lines += [_pair(pair, results) for pair in results["pairs"]]
+    level = 100 * (1 - (1 - results["confidence_of_pairs"]) * max(1, len(results["pairs"])))
+    lines += ["", f"The intervals of all pairs hold together at {level:.0f} %.", ""]
+    lines += [f"Made by `{results['command']}` on {results['hardware']['cpu']}."]
+    return "\n".join(lines) + "\n"
+
+
+def sentence(results: Found) -> str:
+    """Whether our order is the paper's: only what intervals separate is said."""
+    pairs = results["pairs"]
+    whose = "the paper's order" if results["table"] else "what is reported"
+    against = [pair for pair in pairs if pair["verdict"] == "disagrees"]
+    for_it = [pair for pair in pairs if pair["verdict"] == "agrees"]
+    if len(for_it) == len(pairs):
+        return f"Agrees with {whose}, in all {len(pairs)} pairs."
+    if against:
+        named = listing([_names(pair, results) for pair in against])
+        verb = "is" if len(against) == 1 else "are"
+        return f"Disagrees with {whose}: {named} {verb} the other way round."
+    if not for_it:
+        return f"Not resolved: no pair's interval excludes zero, of {len(pairs)}."
+    named = listing([_names(pair, results) for pair in for_it])
+    return (
+        f"Not resolved as a whole: {len(for_it)} of {len(pairs)} pairs agree with {whose} "
+        f"({named}), the others' intervals hold zero."
+    )
+
+
+def _head(results: Found) -> str:
+    paper = " the paper's WER % |" if results["table"] else ""
+    return f"| arm | WER % |{paper} runs | training |"
+
+
+def _row(arm: Found, paper: bool) -> str:
+    cells = [_label(arm), _rate(arm["wer"], arm["wer_ci"])]
+    if paper:
+        cells.append("" if arm["paper_wer"] is None else f"{100 * arm['paper_wer']:.2f}")
+    of_seeds = arm["wer_of_seeds"]
+    cells.append("" if of_seeds is None else ", ".join(f"{100 * wer:.1f}" for wer in of_seeds))
+    seconds = arm["training_seconds"]
+    cells.append("" if seconds is None else f"{seconds / 60:.1f} min")
+    return f"| {' | '.join(cells)} |"
+
+
+def _pair(pair: Found, results: Found) -> str:
+    low_high = pair["difference_ci"]
+    limits = f" [{100 * low_high[0]:.1f}, {100 * low_high[1]:.1f}]" if low_high else ""
+    return (
+        f"| {_names(pair, results)} | {100 * pair['difference']:.1f}{limits} | {pair['verdict']} |"
+    )
+
+
+def _names(pair: Found, results: Found) -> str:
+    label_of = {arm["arm"]: arm["label"] for arm in results["arms"]}
+    span = f", {_span(pair['seconds'])}" if pair["seconds"] else ""
+    return f"“{label_of[pair['lower']]}” below “{label_of[pair['higher']]}”{span}"
+
+
+def _label(arm: Found) -> str:
+    return f"{arm['label']}, {_span(arm['seconds'])}" if arm["seconds"] else arm["label"]
+
+
+def _span(seconds: Sequence[float]) -> str:
+    return f"clips of {seconds[0]:g} to {seconds[1]:g} s"
+
+
+def _rate(value: float, limits: Sequence[float] | None) -> str:
+    ci = f" [{100 * limits[0]:.1f}, {100 * limits[1]:.1f}]" if limits else ""
+    return f"{100 * value:.1f}{ci}"

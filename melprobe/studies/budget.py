@@ -1,0 +1,119 @@
+"""What a study would take: parameters, positions, memory and hours of its recipes, untrained.
+
+Counted on models without weights (torch's meta device). A training step's work is 2 flop for every
+parameter and position on the way up, 2 on the way down for the activations, and 2 more for the
+parameters that learn (Kaplan et al. 2020, arXiv 2001.08361, less what frozen weights save);
+attention's own work is left out, which at these lengths is a few per cent. Activations are counted
+as 34 bytes a position, layer and unit of width (Korthikanti et al. 2022, arXiv 2205.05198), fused
+attention and no recomputation.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import AutoConfig
+
+from melprobe.audio.mel import FRAMES_PER_SECOND
+from melprobe.model.adapter import add_lora
+from melprobe.model.base import resolve_base
+from melprobe.model.config import MelLLMConfig
+from melprobe.model.encoder import encoder_config, resolve_encoder
+from melprobe.model.modelling import MelLLMForConditionalGeneration
+from melprobe.studies.running import Run
+from melprobe.studies.sizes import Size
+from melprobe.training.recipe import SpeechRecipe
+
+TOKENS_PER_SECOND = 3.5  # of answers, English read aloud
+
+
+class Budget(NamedTuple):
+    """Of one training run."""
+
+    parameters: int
+    learning: int
+    positions: float
+    memory: float
+    """bytes on one device"""
+    flop: float
+
+
+def budget(runs: Sequence[Run], size: Size) -> str:
+    """A table, one line an arm, and the sum over all runs that are not shared."""
+    table = Table("arm", *("parameters M", "learning M", "positions M", "memory GB", "hours"))
+    distinct = {run.folder: run for run in reversed(runs)}  # the first of those that share one
+    hours = 0.0
+    for run in reversed(distinct.values()):
+        found = count(run.recipe, size.devices)
+        of_run = found.flop / (size.devices * size.tflops * 1e12 * size.utilisation) / 3600
+        hours += of_run
+        if run.seed == 0:
+            numbers = (found.parameters / 1e6, found.learning / 1e6, found.positions / 1e6)
+            cells = [f"{number:,.1f}" for number in (*numbers, found.memory / 1e9)]
+            table.add_row(run.arm.label, *cells, f"{of_run:,.2f}")
+    console = Console(width=110)
+    with console.capture() as captured:
+        console.print(table)
+    return (
+        f"{captured.get()}{len(distinct)} training runs, {hours:,.1f} hours on {size.hardware} "
+        f"({hours * size.devices:,.1f} device hours), at {size.utilisation:.0%} of "
+        f"{size.tflops:g} TFLOP/s"
+    )
+
+
+def count(recipe: SpeechRecipe, devices: int) -> Budget:
+    """UsageError for a recipe that no model can be made of."""
+    model = _empty_model(recipe)
+    parameters = sum(p.numel() for p in model.parameters())
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    config = model.config
+    rate = FRAMES_PER_SECOND / config.frames_per_patch + TOKENS_PER_SECOND
+    batch = max(stage.batch_seconds or recipe.data.batch_seconds for stage in recipe.data.stages)
+    seconds = sum(
+        stage.steps * (stage.batch_seconds or recipe.data.batch_seconds)
+        for stage in recipe.data.stages
+    )
+    text = config.text_config
+    activations = 34 * batch * rate * text.num_hidden_layers * text.hidden_size
+    # Frozen weights in bfloat16; those that learn with gradient and two moments in float32.
+    memory = 2 * (parameters - learning) + 16 * learning + activations
+    positions = seconds * rate * devices
+    encoder = getattr(model.audio_front, "encoder", None)
+    flop = _flop(model, without=encoder) * positions
+    if encoder is not None:
+        flop += _flop(encoder) * seconds * devices * FRAMES_PER_SECOND / 2
+    return Budget(parameters, learning, positions, memory, flop)
+
+
+def _flop(model: nn.Module, without: nn.Module | None = None) -> float:
+    """Of a training step for one position; nothing is sent down through what nobody learns in."""
+    left_out = set(without.parameters()) if without is not None else set()
+    counted = [p for p in model.parameters() if p not in left_out]
+    learning = sum(p.numel() for p in counted if p.requires_grad)
+    return (4 if learning else 2) * sum(p.numel() for p in counted) + 2 * learning
+
+
+def _empty_model(recipe: SpeechRecipe) -> MelLLMForConditionalGeneration:
+    """The recipe's model without weights; what learns requires a gradient."""
+    settings = recipe.model
+    encoder = None
+    if settings.front == "whisper":
+        encoder = encoder_config(resolve_encoder(settings.encoder.name))
+    config = MelLLMConfig(
+        text_config=AutoConfig.from_pretrained(resolve_base(settings.base)),
+        audio_front=settings.front,
+        frames_per_patch=settings.frames_per_patch,
+        conv_channels=settings.conv_channels,
+        encoder_config=encoder,
+        audio_token_id=0,
+    )
+    with torch.device("meta"):
+        model = MelLLMForConditionalGeneration(config)
+        if settings.lora:
+            add_lora(model, settings.lora.to_peft())
+    if settings.front == "whisper" and not settings.encoder.train:
+        model.audio_front.encoder.requires_grad_(False)
+    return model

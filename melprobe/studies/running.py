@@ -1,0 +1,120 @@
+"""Training and testing a study's arms: each recipe once, whichever studies ask for it.
+
+A run lies in a folder named after its recipe, so that studies share what they have in common, and a
+study that was stopped goes on. Training and testing have processes of their own: compiled code and
+caches of one would weigh on the next.
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from melprobe.errors import UsageError
+from melprobe.hooks.layers import format_layers
+from melprobe.studies.paper import Arm, Study
+from melprobe.studies.sizes import Size
+from melprobe.training.recipe import SpeechRecipe
+
+
+class Run(NamedTuple):
+    """One arm with one seed."""
+
+    arm: Arm
+    seed: int
+    recipe: SpeechRecipe
+
+    @property
+    def folder(self) -> Path:
+        return self.recipe.out
+
+    @property
+    def checkpoint(self) -> Path:
+        """After the last step: none is chosen by how it did, so that all cost the same."""
+        return self.folder / "last"
+
+    @property
+    def rows(self) -> Path:
+        """What it transcribed, in a file for each way it was tested."""
+        off = self.arm.without_lora
+        return self.folder / (f"rows-off-{format_layers(off)}.jsonl" if off else "rows.jsonl")
+
+
+def plan(study: Study, size: Size, seeds: int, runs: Path) -> list[Run]:
+    """All runs of a study, those that others start from first."""
+    planned: list[Run] = []
+    waiting = [(seed, arm) for seed in range(seeds) for arm in study.arms]
+    done: dict[tuple[str, int], Run] = {}
+    while waiting:
+        seed, arm = waiting.pop(0)
+        if arm.start and (arm.start, seed) not in done:
+            waiting.append((seed, arm))
+            continue
+        changes = dict(arm.changes)
+        if arm.start:
+            changes["model.lora.init"] = str(done[arm.start, seed].checkpoint)
+        recipe = size.with_changes(changes, runs / arm.name, seed)
+        recipe = recipe.model_copy(update={"out": runs / f"{_digest(recipe)}-seed{seed}"})
+        done[arm.name, seed] = Run(arm, seed, recipe)
+        planned.append(done[arm.name, seed])
+    return planned
+
+
+def _digest(recipe: SpeechRecipe) -> str:
+    fields = recipe.model_dump(mode="json", exclude={"out", "seed"})
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def train(run: Run) -> None:
+    """Train it, or go on; does nothing when it has ended. UsageError when it fails."""
+    if run.checkpoint.is_dir():
+        return
+    run.folder.mkdir(parents=True, exist_ok=True)
+    path = run.folder / "recipe.yaml"
+    path.write_text(run.recipe.model_dump_json(indent=2) + "\n")  # JSON is YAML
+    _python("melprobe.train", str(path), log=run.folder / "train.log", what=_name(run))
+
+
+def test(run: Run, size: Size) -> None:
+    """Transcribe the size's test clips; does nothing when that was done."""
+    if run.rows.exists():
+        return
+    words = ["--manifest", size.test.manifest, "--clips", str(size.test.clips)]
+    words += ["--checkpoint", str(run.checkpoint), "--rows", str(run.rows)]
+    if run.arm.without_lora:
+        words += ["--without-lora", format_layers(run.arm.without_lora)]
+    log = run.folder / "test.log"
+    _python("melprobe.studies.testing", *words, log=log, what=_name(run))
+
+
+def _name(run: Run) -> str:
+    return f"{run.arm.name}, seed {run.seed}"
+
+
+def _python(module: str, *words: str, log: Path, what: str) -> None:
+    with log.open("ab") as file:
+        ended = subprocess.run(
+            [sys.executable, "-m", module, *words], stdout=file, stderr=subprocess.STDOUT
+        )
+    if ended.returncode:
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        said = lines[-1] if lines else f"exit code {ended.returncode}"
+        raise UsageError(f"{what}: {said} (all of it: {log})")
+
+
+def seconds_of(run: Run) -> float:
+    """What its training took."""
+    state: dict[str, Any] = json.loads((run.folder / "state" / "state.json").read_text())
+    return float(state["seconds"])
+
+
+def carry_out(runs: list[Run], size: Size, tell: Callable[[Run, str], None]) -> None:
+    """Train and test what is missing; `tell` hears of each before it is begun."""
+    for run in runs:
+        tell(run, "training")
+        train(run)
+        tell(run, "testing")
+        test(run, size)

@@ -1,0 +1,82 @@
+"""The sizes that a study is made at: one recipe each, which its arms change."""
+
+import copy
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from melprobe.errors import UsageError
+from melprobe.training.recipe import SpeechRecipe, describe, set_field
+
+FOLDER = Path(__file__).parents[2] / "recipes" / "studies"
+
+
+class Test(BaseModel):
+    """What is transcribed to score an arm."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    manifest: str
+    clips: Annotated[int, Field(ge=0)] = 0
+    """Drawn from it; 0 for all."""
+
+
+class Size(BaseModel):
+    """`recipes/studies/SIZE.yaml`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    recipe: dict[str, Any]
+    """Of `melprobe.train`, without `out` and `seed`."""
+    n_layers: int
+    """Of its base."""
+    seeds: Annotated[int, Field(ge=1)]
+    test: Test
+    twin: dict[str, Any]
+    """What makes of its recipe that of the encoder-initialised twin, by dotted field."""
+    random_encoder: dict[str, Any]
+    """And what makes of the twin's encoder a random one that learns."""
+    more: list[dict[str, Any]]
+    """`data.train` with ten times the data, the rest synthetic."""
+    long: dict[str, Any]
+    """What the masking study changes so that clips take many positions, by dotted field."""
+    lengths: tuple[tuple[float, float], ...]
+    """Seconds, of clips that it scores apart."""
+    hardware: str
+    """What it is meant for, in words."""
+    devices: Annotated[int, Field(ge=1)] = 1
+    tflops: Annotated[float, Field(gt=0)]
+    """What one device multiplies in bfloat16 at best, 10^12 flop a second."""
+    utilisation: Annotated[float, Field(gt=0, le=1)] = 0.3
+    """How much of that training is taken to reach."""
+
+    def shared(self, share: float) -> list[dict[str, Any]]:
+        """`data.train` with so much of every corpus."""
+        train = self.recipe["data"]["train"]
+        return [{**corpus, "share": corpus.get("share", 1.0) * share} for corpus in train]
+
+    def with_changes(self, changes: dict[str, Any], out: Path, seed: int) -> SpeechRecipe:
+        """Its recipe, changed; UsageError where that is none."""
+        fields = copy.deepcopy(self.recipe)
+        for name, value in {**changes, "out": str(out), "seed": seed}.items():
+            set_field(fields, name, value)
+        try:
+            return SpeechRecipe.model_validate(fields)
+        except ValidationError as error:
+            raise UsageError(f"{out.name}: {describe(error)}") from None
+
+
+def read_size(name: str) -> Size:
+    """By the name of its file in recipes/studies, or a path; UsageError for what is wrong in it."""
+    path = FOLDER / f"{name}.yaml" if "/" not in name else Path(name)
+    known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
+    try:
+        return Size.model_validate(yaml.safe_load(path.read_text()))
+    except FileNotFoundError:
+        raise UsageError(f"--size {name}: there are {known}, or a file of your own") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path}: not a readable size ({' '.join(str(error).split())})") from None
+    except ValidationError as error:
+        raise UsageError(f"{path}: {describe(error)}") from None

@@ -1,0 +1,243 @@
+"""The paper's experiments: planned once each, resumed, scored over seeds, said in a sentence."""
+
+import importlib
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from melprobe import study
+from melprobe.analysis.seeds import difference_over_seeds, over_seeds
+from melprobe.corpus.manifest import read_manifest, write_manifest
+from melprobe.errors import UsageError
+from melprobe.model.ancestry import read_ancestors
+from melprobe.report.studies import sentence
+from melprobe.studies import running
+from melprobe.studies.paper import STUDIES
+from melprobe.studies.running import plan
+from melprobe.studies.sizes import FOLDER, read_size
+from tests.test_whisper_front import whisper_folder
+
+
+@pytest.fixture(scope="module")
+def tiny_size(folder, tmp_path_factory):
+    """A size that trains four steps on noise, as a file."""
+    place = tmp_path_factory.mktemp("size")
+    clips = read_manifest(folder / "data.jsonl")
+    write_manifest(place / "train.jsonl", clips[:4])
+    write_manifest(place / "dev.jsonl", clips[4:])
+    whisper_folder(place / "whisper")
+    size = {
+        "hardware": "a test",
+        "tflops": 0.1,
+        "n_layers": 4,
+        "seeds": 2,
+        "test": {"manifest": str(place / "dev.jsonl")},
+        "recipe": {
+            "model": {
+                "base": str(folder / "base"),
+                "prompt": ["", "<|answer|>"],
+                "lora": {"rank": 2},
+            },
+            "data": {
+                "train": [{"manifest": str(place / "train.jsonl")}],
+                "dev": [str(place / "dev.jsonl")],
+                "stages": [{"steps": 2}],
+                "batch_seconds": 3,
+                "workers": 0,
+            },
+        },
+        "twin": {"model.front": "whisper", "model.encoder.name": str(place / "whisper")},
+        "random_encoder": {"model.encoder.weights": "random", "model.encoder.train": True},
+        "more": [{"manifest": str(place / "train.jsonl"), "repeat": 2}],
+        "long": {"model.frames_per_patch": 2},
+        "lengths": [[0, 0.85], [0.85, 2]],
+    }
+    path = place / "tiny.yaml"
+    path.write_text(yaml.safe_dump(size))
+    return path
+
+
+def run(tiny_size, place, name, *words):
+    out = place / f"out-{name}"
+    study.main(
+        [name, "--size", str(tiny_size), "--runs", str(place / "runs"), "--out", str(out), *words]
+    )
+    return out, json.loads((out / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("studies")
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Runs without processes of their own, which take seconds to start."""
+
+    def call(module, *words, log, what):
+        importlib.import_module(module).main(list(words))
+
+    monkeypatch.setattr(running, "_python", call)
+
+
+def test_initialisation_trains_every_arm_and_hands_the_adapter_on(tiny_size, place, in_process):
+    out, results = run(tiny_size, place, "initialisation", "--seeds", "1")
+    folder_of = {arm["arm"]: Path(arm["runs"][0]) for arm in results["arms"]}
+    assert list(folder_of) == [
+        "pretrained-random",
+        "pretrained-pretrained",
+        "random-random",
+        "random-pretrained",
+        "none-pretrained",
+        "none-random",
+    ]
+    assert len(set(folder_of.values())) == 6
+    (ancestor,) = read_ancestors(folder_of["none-pretrained"] / "last")
+    twin = folder_of["pretrained-random"] / "last"
+    assert (ancestor.name, ancestor.gave) == (str(twin), "adapter")
+    assert read_ancestors(folder_of["none-random"] / "last") == []
+    # One seed tells nothing of the next.
+    assert {pair["verdict"] for pair in results["pairs"]} == {"not resolved"}
+    assert all(arm["wer_ci"] is None for arm in results["arms"])
+    text = (out / "report.md").read_text()
+    assert "Not resolved: no pair's interval excludes zero" in text and "7.44" in text
+
+
+def test_studies_share_runs_and_switch_a_trained_adapter_off(
+    tiny_size, place, in_process, monkeypatch
+):
+    whole = STUDIES["freezing"](read_size(str(tiny_size)))
+    arms = tuple(arm for arm in whole.arms if arm.name in {"all", "off-4", "held-4", "removed-4"})
+    trimmed = whole._replace(arms=arms, order=(("all", "removed-4"),))
+    monkeypatch.setitem(STUDIES, "freezing", lambda size: trimmed)
+    _, freezing = run(tiny_size, place, "freezing", "--seeds", "1")
+    folder_of = {arm["arm"]: Path(arm["runs"][0]) for arm in freezing["arms"]}
+    _, initialisation = run(tiny_size, place, "initialisation", "--seeds", "1")
+    shared = next(arm for arm in initialisation["arms"] if arm["arm"] == "none-random")["runs"][0]
+    assert folder_of["all"] == folder_of["off-4"] == Path(shared)
+    assert {"rows.jsonl", "rows-off-2-3.jsonl"} <= {p.name for p in Path(shared).glob("rows*")}
+    kept = json.loads((folder_of["removed-4"] / "recipe.json").read_text())["model"]["lora"]
+    held = json.loads((folder_of["held-4"] / "recipe.json").read_text())["model"]["lora"]
+    assert kept["layers"] == [0, 1] and held["held"] == [2, 3]
+    assert held["init"] == f"{shared}/last"
+
+
+def test_clips_of_some_lengths_are_scored_apart(tiny_size, place, in_process):
+    _, masking = run(tiny_size, place, "masking", "--seeds", "1")
+    assert [(arm["arm"], arm["seconds"]) for arm in masking["arms"]] == [
+        ("causal", [0.0, 0.85]),
+        ("bidirectional", [0.0, 0.85]),
+        ("causal", [0.85, 2.0]),
+        ("bidirectional", [0.85, 2.0]),
+    ]
+    assert sum(arm["clips"] for arm in masking["arms"]) == 2 * 2
+
+
+def test_what_is_there_is_not_made_again(tiny_size, place, monkeypatch):
+    def call(module, *words, log, what):
+        raise AssertionError(f"{what}: {module}")
+
+    monkeypatch.setattr(running, "_python", call)
+    before = (place / "out-initialisation" / "results.json").read_text()
+    run(tiny_size, place, "initialisation", "--seeds", "1")
+    assert (place / "out-initialisation" / "results.json").read_text() == before
+
+
+def test_a_run_that_fails_is_one_line(tiny_size, tmp_path):
+    size = yaml.safe_load(tiny_size.read_text())
+    size["recipe"]["data"]["train"][0]["manifest"] = "nowhere.jsonl"
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump(size))
+    with pytest.raises(
+        UsageError, match=r"pretrained-random, seed 0: .*nowhere\.jsonl.*train\.log"
+    ):
+        study.main(["initialisation", "--size", str(path), "--runs", str(tmp_path), "--out", "x"])
+
+
+@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("size", sorted(file.stem for file in FOLDER.glob("*.yaml")))
+def test_every_study_is_planned_at_every_size(name, size):
+    found = read_size(size)
+    arms = STUDIES[name](found)
+    runs = plan(arms, found, 2, Path("runs"))
+    assert {(run.arm.name, run.seed) for run in runs} == {
+        (arm.name, seed) for arm in arms.arms for seed in (0, 1)
+    }
+    names = {arm.name for arm in arms.arms}
+    assert all({a, b} <= names for a, b in arms.order)
+
+
+def test_bad_sizes_are_one_line(tiny_size, tmp_path):
+    def refused(match, **changes):
+        size = yaml.safe_load(tiny_size.read_text()) | changes
+        path = tmp_path / "bad.yaml"
+        path.write_text(yaml.safe_dump(size))
+        with pytest.raises(UsageError, match=match):
+            study.main(["token-rate", "--size", str(path), "--dry-run"])
+
+    refused("tflops: Input should be greater than 0", tflops=-1)
+    refused("color: .*", color="red")
+    refused("model: Field required|recipe|data", recipe={})
+    with pytest.raises(UsageError, match="--size huge: there are mini"):
+        study.main(["token-rate", "--size", "huge"])
+    with pytest.raises(UsageError, match="--seeds 0"):
+        study.main(["token-rate", "--size", str(tiny_size), "--seeds", "0"])
+    with pytest.raises(UsageError, match="invalid choice"):
+        study.main(["nothing", "--size", "mini"])
+
+
+def simulated(rng, mean, between_runs, speakers, clips, runs, of_speakers):
+    """Errors [runs, N] of ten-word clips whose rate varies with the run and with the speaker."""
+    rate = mean + between_runs * rng.standard_normal((runs, 1)) + of_speakers
+    return rng.binomial(10, np.clip(rate, 0, 1), (runs, speakers * clips))
+
+
+def test_intervals_over_seeds_hold_the_truth():
+    """Of 1,000 simulated studies, three runs each: the rate and the difference of two recipes."""
+    rng = np.random.default_rng(0)
+    speakers, clips = 20, 5
+    names = [str(i // clips) for i in range(speakers * clips)]
+    words = np.full(speakers * clips, 10)
+    held = np.zeros(2)
+    for _ in range(1000):
+        of_speakers = np.repeat(0.05 * rng.standard_normal(speakers), clips)
+        a, b = (
+            simulated(rng, mean, 0.03, speakers, clips, 3, of_speakers) for mean in (0.30, 0.25)
+        )
+        one, two = over_seeds(a, words, names), difference_over_seeds(a, b, words, names)
+        held += [one.low <= 0.30 <= one.high, two.low <= 0.05 <= two.high]
+    assert all(0.92 <= share <= 0.99 for share in held / 1000)
+
+
+def test_one_run_has_no_interval_and_equal_runs_no_width():
+    one = over_seeds([[1, 2, 3]], [10, 10, 10], ["", "", ""])
+    assert (one.value, one.low, one.high) == (0.2, -np.inf, np.inf)
+    same = difference_over_seeds([[1, 2]] * 3, [[1, 2]] * 3, [10, 10], ["", ""])
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+
+
+def found(*verdicts):
+    arms = [
+        {"arm": name, "label": name.upper(), "seconds": None}
+        for name in "abcd"[: len(verdicts) + 1]
+    ]
+    pairs = [
+        {"lower": a["arm"], "higher": b["arm"], "seconds": None, "verdict": verdict}
+        for (a, b), verdict in zip(pairwise(arms), verdicts, strict=True)
+    ]
+    return {"table": "II", "arms": arms, "pairs": pairs}
+
+
+def test_the_sentence_says_only_what_intervals_separate():
+    assert sentence(found("agrees", "agrees")) == "Agrees with the paper's order, in all 2 pairs."
+    assert sentence(found("agrees", "disagrees")).startswith(
+        "Disagrees with the paper's order: “B” below “C” is the other way round"
+    )
+    assert sentence(found("not resolved")).startswith("Not resolved: no pair's interval")
+    assert "1 of 2 pairs agree with the paper's order (“A” below “B”)" in sentence(
+        found("agrees", "not resolved")
+    )
