@@ -110,7 +110,7 @@ def study_of(targets, positions="speech", layers=EACH_BLOCK):
     return LayerStudy(
         run="planted",
         utterances=utterances,
-        waves=[load_utterance(u) for u in utterances],
+        given=[load_utterance(u) for u in utterances],
         partners=swap_partners(utterances),
         question=Question("skip", positions, layers),
         targets=targets,
