@@ -7,11 +7,12 @@ from melprobe.errors import UsageError
 from melprobe.model.prompts import TextPrompts
 
 COPY = "Repeat this text word for word, and write nothing else.\n\n"
-"""What the user says before the text, where the tokenizer has a chat template."""
-EXAMPLES = "".join(
-    f"Text:\n{text}\nCopy:\n{text}\n\n" for text in ("please wait a moment", "where are you going")
-)
-"""What stands before the text where there is none."""
+"""What the user says before a text, where the tokenizer has a chat template."""
+EXAMPLES = ("please wait a moment", "where are you going")
+"""Texts with their copies stand before the one that is asked for: a small model that is only told
+
+to copy often chats.
+"""
 ANSWER = "<|answer|>"
 """Stands between a text and its copy in what bases trained here have read."""
 
@@ -26,12 +27,13 @@ def tokens(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def chat(tokenizer: Any, content: Any, answer: str = "") -> str:
-    """What the user says, and what stands before the answer; or with the answer and its end."""
-    turns = [{"role": "user", "content": content}]
-    if answer:
-        turns.append({"role": "assistant", "content": answer})
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=not answer)
+def chat(tokenizer: Any, *said: Any) -> str:
+    """A chat of user and assistant in turn, up to where the assistant's answer is to begin."""
+    roles = ("user", "assistant")
+    turns = [{"role": roles[i % 2], "content": content} for i, content in enumerate(said)]
+    return tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=len(said) % 2 == 1
+    )
 
 
 def text_prompts(tokenizer: Any) -> TextPrompts:
@@ -39,7 +41,8 @@ def text_prompts(tokenizer: Any) -> TextPrompts:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if not getattr(tokenizer, "chat_template", None):
         return _by_example(tokenizer)
-    text = chat(tokenizer, COPY + "WORDS")
+    shown = [said for text in EXAMPLES for said in (COPY + text, text)]
+    text = chat(tokenizer, *shown, COPY + "WORDS")
     if text.count("WORDS") != 1:
         raise UsageError(
             f"the model's chat template gives what the user says {text.count('WORDS')} times"
@@ -56,9 +59,10 @@ def _by_example(tokenizer: Any) -> TextPrompts:
     if ANSWER in tokenizer.get_vocab():
         after = [tokenizer.convert_tokens_to_ids(ANSWER)]
         return TextPrompts(tokenizer, (bos, after), tokenizer.eos_token_id)
+    shown = "".join(f"Text:\n{text}\nCopy:\n{text}\n\n" for text in EXAMPLES)
     before, after, end = (
         tokenizer(words, add_special_tokens=False)["input_ids"]
-        for words in (f"{EXAMPLES}Text:\n", "\nCopy:\n", "\n")
+        for words in (f"{shown}Text:\n", "\nCopy:\n", "\n")
     )
     # The end of a line ends the copy; some tokenizers put a space in front of it or have none.
     (end_id,) = end[-1:] or [tokenizer.eos_token_id]
