@@ -323,7 +323,7 @@ def test_a_study_of_a_model_from_the_hub(hub_folder, tmp_path, capsys):
     [
         (["--model", "no/such"], "no config can be read by that name, on the hub or on disk"),
         (["--model", "{}/tiny-asr", "--checkpoint", "mel-mini"], "name one of them"),
-        (["--model", "{}/llama"], "llama has no adapter; there are phi4_multimodal"),
+        (["--model", "{}/llama"], "llama hears nothing; --copy-text studies it on text"),
         (
             ["--model", str(find_checkpoint("mel-mini"))],
             "it was trained here; name it by --checkpoint",
