@@ -110,8 +110,8 @@ class Trials:
         self.intact, self.gap = intact, swapped - intact
         if self.gap <= 0:
             raise UsageError(
-                "choosing blocks: swapping clips does not hurt this model, so there is no damage to "
-                "choose by; see the gate in a report without a choice"
+                "choosing blocks: swapping clips does not hurt this model, so there is no damage "
+                "to choose by; see the gate in a report without a choice"
             )
         self.known = store.tried()
 
