@@ -83,6 +83,8 @@ def _other(name: str, copy_text: bool) -> Subject:
             f"--model {name}: {config.model_type} hears nothing; --copy-text studies it on text"
         )
     text = config.get_text_config()
+    if not hasattr(text, "num_attention_heads"):
+        raise UsageError(f"--model {name}: {config.model_type} has no attention in its blocks")
 
     def read(options: Any, merge: bool) -> Listener:
         dtype = DTYPES.get(options.dtype) or fast_dtype(pick_device(options.device))

@@ -10,7 +10,13 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    MambaConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+)
 
 import melprobe
 from melprobe import ablate
@@ -126,6 +132,9 @@ def test_a_chat_shows_copies_and_asks_for_one_more():
     assert words.count("<user>") == len(EXAMPLES) + 1 and words[-4:-2] == ["please", "hold"]
     assert prompts.end_id == prompts.tokenizer.convert_tokens_to_ids("<turn>")
     refusing = tokenizer()
+    refusing.chat_template = "{{ raise_exception('no users here') }}"
+    with pytest.raises(UsageError, match=r"refuses to ask for a copy \(no users here\)"):
+        text_prompts(refusing)
     refusing.chat_template = "<s>{% if add_generation_prompt %}<assistant>{% endif %}"
     with pytest.raises(UsageError, match="gives what the user says 0 times"):
         text_prompts(refusing)
@@ -244,6 +253,23 @@ def test_a_study_of_texts_needs_no_audio_and_speaks_of_none(silent, tmp_path, mo
         assert "is reading another text" in told
 
 
+def test_a_plain_model_may_be_of_another_class(silent, tmp_path):
+    config = OPTConfig(
+        vocab_size=64,
+        hidden_size=16,
+        word_embed_proj_dim=16,
+        ffn_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    which = ("--model", str(tmp_path / "model"), "--out", str(tmp_path / "run"))
+    ablate.main(arguments(silent, "--copy-text", "--knockout", *which))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [layer["layer"] for layer in results["layers"]] == [0, 1]
+
+
 def test_what_is_read_and_written_is_the_transcript(silent, tmp_path):
     which = [word.format(silent) for word in MODELS["ours"]]
     ablate.main(arguments(silent, "--copy-text", "--skip-layers", *which, "--out", str(tmp_path)))
@@ -293,6 +319,20 @@ def test_bad_input_is_one_line(silent, tmp_path, monkeypatch, words, message):
 )
 def test_what_texts_or_plain_models_cannot_answer_is_one_line(silent, tmp_path, words, message):
     refused(silent, tmp_path, words, message)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2), "has no list of blocks named"),
+        (MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1), "has no attention in"),
+    ],
+)
+def test_a_model_without_blocks_to_cut_is_one_line(silent, tmp_path, config, message):
+    place = tmp_path / "model"
+    AutoModelForCausalLM.from_config(config).save_pretrained(place)
+    tokenizer().save_pretrained(place)
+    refused(silent, tmp_path, ["--skip-layers", "--copy-text", "--model", str(place)], message)
 
 
 def refused(folder, tmp_path, words, message):

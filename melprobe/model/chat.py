@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+from jinja2 import TemplateError
+
 from melprobe.errors import UsageError
 from melprobe.model.prompts import TextPrompts
 
@@ -42,7 +44,10 @@ def text_prompts(tokenizer: Any) -> TextPrompts:
     if not getattr(tokenizer, "chat_template", None):
         return _by_example(tokenizer)
     shown = [said for text in EXAMPLES for said in (COPY + text, text)]
-    text = chat(tokenizer, *shown, COPY + "WORDS")
+    try:
+        text = chat(tokenizer, *shown, COPY + "WORDS")
+    except TemplateError as error:
+        raise UsageError(f"the model's chat template refuses to ask for a copy ({error})") from None
     if text.count("WORDS") != 1:
         raise UsageError(
             f"the model's chat template gives what the user says {text.count('WORDS')} times"

@@ -31,6 +31,7 @@ from transformers import (
 from melprobe.audio.load import SAMPLE_RATE
 from melprobe.errors import UsageError
 from melprobe.hooks.anatomy import KNOWN, Anatomy, only_reads
+from melprobe.hooks.layers import decoder_blocks
 from melprobe.model.chat import chat, text_prompts, tokens
 from melprobe.model.config import token_ids_only
 from melprobe.model.prompts import ClipPrompts, Given, Prompts, Wave
@@ -249,6 +250,7 @@ def load_other(
         raise UsageError(f"--model {name}: {' '.join(str(error).split())}") from None
     if missing := sorted(found["missing_keys"]):  # they were drawn at random
         raise UsageError(f"--model {name}: {len(missing)} tensors are missing: {missing[0]} …")
+    decoder_blocks(model)  # what keeps them elsewhere can't be cut
     if device is not None and device_map is None:
         model.to(device)
     model.generation_config = token_ids_only(model.generation_config)
