@@ -85,8 +85,8 @@ def warnings(n: int, targets: Sequence[int]) -> list[str]:
         )
     if n < ENOUGH_FOR_WER:
         found.append(
-            f"With {n} utterances the bands on ΔWER hold less often than 95 %, because few clips "
-            "change their words: claims rest on ΔNLL."
+            f"With {n} utterances the bands on ΔWER hold less often than 95 %, because few of "
+            "them change their words: claims rest on ΔNLL."
         )
     return found
 
