@@ -31,10 +31,10 @@ from melprobe.errors import Parser, UsageError, check_writable, run
 from melprobe.listener import Listener, load, pick_device
 from melprobe.model.checkpoint import DEFAULT, find_checkpoint
 from melprobe.model.inference import batches_by_length
+from melprobe.model.whisper import JUDGE, load_whisper, transcribe
 from melprobe.training.data import load_corpora
 from melprobe.training.recipe import SpeechRecipe
 
-WHISPER = "whisper-base"
 Transcriber = Callable[[list[np.ndarray]], list[str]]
 
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p = Parser(prog="python -m melprobe.evaluate", description=__doc__)
     p.add_argument("manifest", help="path, or name like builtin/test")
     p.add_argument(
-        "--checkpoint", default=DEFAULT, help=f"name or folder, or {WHISPER} as the ceiling"
+        "--checkpoint", default=DEFAULT, help=f"name or folder, or {JUDGE} as the ceiling"
     )
     p.add_argument("--limit", type=int, default=0, help="number of utterances (0: all)")
     p.add_argument("--seed", type=int, default=0)
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = choose(read_manifest(find_manifest(options.manifest)), options.limit, options.seed)
     usable, waves, left_out = load_usable(chosen, options.on_bad_audio)
     listener = None
-    if options.checkpoint != WHISPER:
+    if options.checkpoint != JUDGE:
         listener = load(options.checkpoint, device=options.device)
         left_out += leave_out_too_long(listener, usable, waves, options.on_bad_audio)
     if not any(normalise(u.text) for u in usable):
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "wer_swapped": swapped and corpus_wer(map(row_errors, swapped)),
         "left_out": left_out,
     }
-    if options.checkpoint != WHISPER:
+    if options.checkpoint != JUDGE:
         texts = training_texts(find_checkpoint(options.checkpoint))
         nearest = nearest_wer(usable, texts) if texts else None
         summary["wer_nearest_training_transcript"] = nearest
@@ -140,10 +140,8 @@ def own(listener: Listener, usable: list[Utterance]) -> Transcriber:
 
 def whisper(device: str | None) -> Transcriber:
     """Whisper base from the packages as a function of a batch of waves."""
-    from melprobe.model.ceiling import packaged_whisper_base, transcribe
-
     place = pick_device(device)
-    model, processor = packaged_whisper_base()
+    model, processor = load_whisper(JUDGE)
     model.to(place)
     return lambda waves: transcribe(waves, model, processor)
 

@@ -35,6 +35,7 @@ from melprobe.folders import replace_folder
 from melprobe.hooks.layers import decoder_blocks, format_layers, parse_layers
 from melprobe.listener import DTYPES, Listener, load
 from melprobe.model import checkpoint
+from melprobe.model.ancestry import ANCESTORS
 from melprobe.model.checkpoint import DEFAULT, find_checkpoint
 from melprobe.model.inference import batches_by_length
 from melprobe.model.memory import peak_bytes
@@ -98,8 +99,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def write(out: Path) -> None:
         checkpoint.save(listener.model, processor, out, listener.model.dtype)
-        if (folder / "data.json").exists():
-            shutil.copy(folder / "data.json", out)
+        for name in ("data.json", ANCESTORS):
+            if (folder / name).exists():
+                shutil.copy(folder / name, out)
         (out / "prune.json").write_text(json.dumps(found, indent=2) + "\n")
 
     replace_folder(options.out, write)

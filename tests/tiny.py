@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from melprobe.corpus.manifest import Utterance, write_manifest
 from melprobe.listener import Listener
 from melprobe.model import checkpoint
+from melprobe.model.ancestry import write_ancestors
 from melprobe.model.config import MelLLMConfig
 from melprobe.model.modelling import MelLLMForConditionalGeneration
 from melprobe.model.processor import MelLLMFeatureExtractor, MelLLMProcessor
@@ -139,6 +140,7 @@ def tiny_checkpoint(place: Path) -> None:
     recipe = SpeechRecipe(out=place / "run", data=data)
     (place / "model" / "recipe.json").write_text(recipe.model_dump_json())
     (place / "model" / "data.json").write_text(json.dumps({"manifests": [corpus.model_dump()]}))
+    write_ancestors(place / "model", [])
 
 
 def tiny_manifest(path: Path) -> list[Utterance]:

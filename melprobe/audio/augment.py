@@ -37,7 +37,9 @@ def add_noise(wave: np.ndarray, snr_db: float, rng: np.random.Generator) -> np.n
     return wave + noise * np.sqrt(power / 10 ** (snr_db / 10)).astype(np.float32)
 
 
-def warp_frequency(mel: Tensor, factors: np.ndarray, f_max: float) -> Tensor:
+def warp_frequency(
+    mel: Tensor, factors: np.ndarray, f_max: float, mel_scale: str = "kaldi"
+) -> Tensor:
     """Move what stands at f Hz in `mel` (B, T, M) to f times the row's `factors` (B,).
 
     A longer or shorter vocal tract at the same tempo (Jaitly and Hinton 2013, VTLP). The bank's
@@ -45,8 +47,8 @@ def warp_frequency(mel: Tensor, factors: np.ndarray, f_max: float) -> Tensor:
     """
     bins = mel.shape[2]
     step = hertz_to_mel(f_max, mel_scale="kaldi") / (bins + 1)  # filter m is centred at m + 1
-    centres = mel_to_hertz(step * np.arange(1, bins + 1), mel_scale="kaldi")
-    places = hertz_to_mel(centres / factors[:, None], mel_scale="kaldi") / step - 1  # (B, M)
+    centres = mel_to_hertz(step * np.arange(1, bins + 1), mel_scale)
+    places = hertz_to_mel(centres / factors[:, None], mel_scale) / step - 1  # (B, M)
     places = torch.tensor(places.clip(0, bins - 1), dtype=mel.dtype)
     low = places.long().clamp(max=bins - 2)
     part = (places - low)[:, None]  # (B, 1, M)

@@ -9,6 +9,7 @@ stay in its cache, which halves the time.
 Shapes: B batch, N samples, T mel frames, M mel bins, W window samples, F frequency bins.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import WhisperFeatureExtractor
 from transformers.audio_utils import mel_filter_bank
 
 from melprobe.audio.load import SAMPLE_RATE
@@ -29,6 +31,7 @@ FRAMES_PER_SECOND = SAMPLE_RATE / HOP
 _FRAMES_IN_CACHE = 1000  # per core
 
 Normalisation = Literal["none", "utterance", "global"]
+Spectrogram = Literal["phi4", "whisper"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,26 @@ def _log_mel(waves: Tensor, bank: Tensor) -> Tensor:
     frames[..., 0] = first * ((1 - PREEMPHASIS) * window[0])
     spectrum = torch.view_as_real(torch.fft.rfft(frames)).float()  # (B, T, F, 2)
     return (spectrum.square().flatten(-2) @ bank).clamp(min=1.0).log()
+
+
+def whisper_log_mel(waves: Sequence[Tensor], n_mels: int = 80) -> Tensor:
+    """Whisper's own log-mel (B, T, M) of waves (N,), which lie between -1 and about 1.5.
+
+    Its frames are those of `log_mel` in number, and sound 2.5 ms earlier: Whisper's first frame,
+    half of which lies before the clip, is left out, and those that reach beyond its end.
+    """
+    extract = _whisper_extractor(n_mels)
+    arrays = [wave.numpy() for wave in waves]
+    made = extract(
+        arrays, sampling_rate=SAMPLE_RATE, padding="longest", truncation=False, return_tensors="pt"
+    )
+    longest = max(frame_count(len(wave)) for wave in waves)
+    return made.input_features.transpose(1, 2)[:, 1 : 1 + longest]
+
+
+@lru_cache(maxsize=2)
+def _whisper_extractor(n_mels: int) -> WhisperFeatureExtractor:
+    return WhisperFeatureExtractor(feature_size=n_mels)
 
 
 def normalise(

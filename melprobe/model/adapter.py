@@ -57,12 +57,17 @@ def _check_lora(blocks: nn.ModuleList, lora: LoraConfig) -> None:
             raise UsageError(f"lora.targets {target!r}: linear layers of these blocks are {known}")
 
 
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """What speech training adds to the base: audio front and LoRA tensors, by name."""
+def adapter_state(model: "MelLLMForConditionalGeneration") -> dict[str, Tensor]:
+    """What speech training adds to the base: audio front and LoRA tensors, by name.
+
+    An encoder that hears as it was trained stays where it is, as the base does.
+    """
+    encoder = "audio_front.encoder." if model.config.encoder else None
     return {
         name: tensor
         for name, tensor in model.state_dict().items()
-        if name.startswith("audio_front.") or "lora_" in name
+        if ("lora_" in name or name.startswith("audio_front."))
+        and not (encoder and name.startswith(encoder))
     }
 
 
@@ -74,7 +79,9 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
         raise UsageError(f"{folder / ADAPTER}: damaged ({error}); fetch it again") from None
 
 
-def load_adapter_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
+def load_adapter_state(
+    model: "MelLLMForConditionalGeneration", state: dict[str, Tensor], where: str
+) -> None:
     """Copy a saved adapter into `model`, or say which tensors don't fit."""
     expected = {name: tuple(tensor.shape) for name, tensor in adapter_state(model).items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}

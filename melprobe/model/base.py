@@ -67,16 +67,21 @@ def resolve_base(name: str) -> Path:
     """The local folder of a base model: packaged, ours, the user's, or fetched from the hub."""
     if name == SMOLLM2:
         return packaged_smollm2()
-    folder = MINI_BASE if name == "mini-base" else Path(name).expanduser()
-    if name and folder.is_dir():
-        read_json(folder / "config.json")
+    if folder := find_model(str(MINI_BASE) if name == "mini-base" else name):
         return folder
-    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        return _from_hub(name)
     raise UsageError(
         f"no base model {name!r}: take {SMOLLM2}, mini-base (needs {MINI_BASE.parent.name}/"
         f"{MINI_BASE.name}), an existing folder, or a hub id like owner/name"
     )
+
+
+def find_model(name: str) -> Path | None:
+    """The folder of any model by its path or hub id; None where it is neither."""
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():
+        read_json(folder / "config.json")
+        return folder
+    return _from_hub(name) if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) else None
 
 
 def _from_hub(name: str) -> Path:

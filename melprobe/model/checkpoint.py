@@ -26,6 +26,13 @@ from melprobe.model.adapter import (
 )
 from melprobe.model.base import base_sha256, read_json, resolve_base
 from melprobe.model.config import MelLLMConfig, token_ids_only
+from melprobe.model.encoder import (
+    EncoderStart,
+    encoder_config,
+    frozen_encoder,
+    load_encoder,
+    resolve_encoder,
+)
 from melprobe.model.front import match_scale
 from melprobe.model.modelling import MelLLMForConditionalGeneration
 from melprobe.model.processor import MelLLMFeatureExtractor, MelLLMProcessor
@@ -41,16 +48,23 @@ def create(
     *,
     prompt: tuple[str, str] = ("", ""),
     lora: LoraConfig | None = None,
+    encoder: EncoderStart | None = None,
     **config: Any,
 ) -> tuple[MelLLMForConditionalGeneration, MelLLMProcessor]:
     """A fresh Mel-LLM over a base language model, with a new audio front and a new adapter.
 
-    config: the audio fields of `MelLLMConfig`. With an adapter (`lora`) the base is frozen.
+    encoder: of the `whisper` front. config: the audio fields of `MelLLMConfig`. With an adapter
+    (`lora`) the base is frozen.
     """
     folder = resolve_base(base)
     language_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     language_model.config.name_or_path = ""  # a path of this machine; `base` is the name
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    if encoder:
+        encoder_folder = resolve_encoder(encoder.name)
+        config["encoder_config"] = encoder_config(encoder_folder)
+        if encoder.stays:
+            config |= {"encoder": encoder.name, "encoder_sha256": base_sha256(encoder_folder)}
     mel_config = MelLLMConfig(
         text_config=language_model.config,
         n_mels=feature_extractor.feature_size,
@@ -67,6 +81,11 @@ def create(
     model.language_model = language_model
     model.audio_front = type(model.audio_front)(mel_config)
     match_scale(model.audio_front, language_model.get_input_embeddings().weight)
+    if encoder:
+        if encoder.pretrained:
+            model.audio_front.encoder = load_encoder(encoder_folder)
+        if not encoder.trained:
+            model.audio_front.encoder.requires_grad_(False)
     model.generation_config = token_ids_only(language_model.generation_config)
     if lora:
         add_lora(model, lora)
@@ -214,6 +233,9 @@ def load_model(
         base, dtype=torch.float32, attn_implementation=attention
     )
     model.audio_front.to_empty(device="cpu")
+    if config.encoder:
+        encoder = frozen_encoder(config.encoder, config.encoder_sha256, str(folder))
+        model.audio_front.encoder = encoder.requires_grad_(False)
     model.generation_config = token_ids_only(model.language_model.generation_config)
     add_lora(model, LoraConfig(**settings["lora"]))
     load_adapter_state(model, read_adapter(folder), str(folder))

@@ -2,12 +2,12 @@
 
 from typing import Any, Literal, get_args
 
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, WhisperConfig
 
 from melprobe.audio.patches import FRAMES_PER_PATCH
 from melprobe.errors import UsageError
 
-AudioFront = Literal["linear", "conv"]
+AudioFront = Literal["linear", "conv", "whisper"]
 AudioAttention = Literal["causal", "bidirectional"]
 
 
@@ -22,9 +22,13 @@ class MelLLMConfig(PreTrainedConfig):
 
     text_config: the decoder's own configuration (any causal LM of transformers).
     audio_front: `linear` stacks the frames of a patch and projects them; `conv` is the light
-        convolutional subsampler of Phi-4-multimodal followed by a two-layer projection.
+        convolutional subsampler of Phi-4-multimodal followed by a two-layer projection; `whisper`
+        is Whisper's encoder, its outputs stacked to the same rate, and a two-layer projection.
     frames_per_patch: 10 ms mel frames per position: 1, 2, 4, 8 or 16 (100 to 6.25 Hz).
     conv_channels: channels of the `conv` front.
+    encoder_config: of the `whisper` front's encoder.
+    encoder, encoder_sha256: name and weight hash of the Whisper whose encoder hears as it was
+        trained; empty when the front's own tensors hold one that was trained further, or drawn.
     audio_attention: whether patches may look ahead inside their own span.
     audio_token_id: placeholder id that the processor puts where patches go.
     speech_exit: the block after which patches leave the decoder; None when they run through it
@@ -34,7 +38,7 @@ class MelLLMConfig(PreTrainedConfig):
     """
 
     model_type = "mel_llm"
-    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012  (transformers reads a plain dict)
+    sub_configs = {"text_config": AutoConfig, "encoder_config": WhisperConfig}  # noqa: RUF012
 
     def __init__(
         self,
@@ -43,6 +47,9 @@ class MelLLMConfig(PreTrainedConfig):
         n_mels: int = 80,
         frames_per_patch: int = 8,
         conv_channels: int = 128,
+        encoder_config: WhisperConfig | dict[str, Any] | None = None,
+        encoder: str = "",
+        encoder_sha256: str = "",
         audio_attention: AudioAttention = "causal",
         audio_token_id: int = -1,
         speech_exit: int | None = None,
@@ -56,11 +63,20 @@ class MelLLMConfig(PreTrainedConfig):
         if isinstance(text_config, dict):
             fields = dict(text_config)
             text_config = AutoConfig.for_model(fields.pop("model_type", "llama"), **fields)
+        if isinstance(encoder_config, dict):
+            encoder_config = WhisperConfig(**encoder_config)
+        if (audio_front == "whisper") != (encoder_config is not None):
+            raise UsageError(f"audio_front {audio_front}: encoder_config goes with whisper alone")
+        if audio_front == "whisper" and frames_per_patch == 1:
+            raise UsageError("frames_per_patch 1: Whisper's encoder has one output for 2 frames")
         self.text_config: Any = text_config or AutoConfig.for_model("llama")
         self.audio_front = audio_front
         self.n_mels = n_mels
         self.frames_per_patch = frames_per_patch
         self.conv_channels = conv_channels
+        self.encoder_config: Any = encoder_config
+        self.encoder = encoder
+        self.encoder_sha256 = encoder_sha256
         self.audio_attention = audio_attention
         self.audio_token_id = audio_token_id
         self.speech_exit = speech_exit

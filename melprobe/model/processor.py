@@ -18,9 +18,11 @@ from melprobe.audio.mel import (
     WINDOW,
     MelSettings,
     Normalisation,
+    Spectrogram,
     frame_count,
     log_mel,
     normalise,
+    whisper_log_mel,
 )
 from melprobe.audio.patches import patch_count
 from melprobe.hooks.anatomy import KNOWN, Anatomy
@@ -36,6 +38,8 @@ class MelLLMFeatureExtractor(SequenceFeatureExtractor):
 
     normalisation: `utterance`, `global` (with `mean` and `std`, one value per mel bin) or `none`.
     f_max: upper edge of the mel bank in Hz.
+    spectrogram: `phi4`, or `whisper` for an encoder that was trained on Whisper's own, which
+        is normalised and reaches to 8 kHz whatever the two above say.
     """
 
     model_input_names = ["input_features", "feature_attention_mask"]  # noqa: RUF012
@@ -49,13 +53,20 @@ class MelLLMFeatureExtractor(SequenceFeatureExtractor):
         normalisation: Normalisation = "utterance",
         mean: list[float] | None = None,
         std: list[float] | None = None,
+        spectrogram: Spectrogram = "phi4",
         **kwargs: Any,
     ):
         super().__init__(feature_size, sampling_rate, padding_value, **kwargs)
         self.f_max = f_max
+        self.spectrogram = spectrogram
         self.normalisation = normalisation
         self.mean = mean
         self.std = std
+
+    @property
+    def mel_scale(self) -> str:
+        """On which the filters are spaced evenly, by transformers' name."""
+        return "slaney" if self.spectrogram == "whisper" else "kaldi"
 
     def __call__(
         self, audio: Sequence[Wave] | Wave, sampling_rate: int = SAMPLE_RATE
@@ -84,11 +95,14 @@ class MelLLMFeatureExtractor(SequenceFeatureExtractor):
         if shortest < WINDOW:
             raise ValueError(f"a clip of {shortest} samples is shorter than one window, {WINDOW}")
         lengths = torch.tensor([frame_count(len(wave)) for wave in waves])
-        padded = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True)
-        mel = log_mel(padded, MelSettings(self.feature_size, self.f_max))
-        mel = normalise(
-            mel, lengths, self.normalisation, self._stat(self.mean), self._stat(self.std)
-        )
+        if self.spectrogram == "whisper":
+            mel = normalise(whisper_log_mel(waves, self.feature_size), lengths, "none")
+        else:
+            padded = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True)
+            mel = log_mel(padded, MelSettings(self.feature_size, self.f_max))
+            mel = normalise(
+                mel, lengths, self.normalisation, self._stat(self.mean), self._stat(self.std)
+            )
         mask = torch.arange(mel.shape[1]) < lengths[:, None]
         return BatchFeature({"input_features": mel, "feature_attention_mask": mask})
 

@@ -27,6 +27,7 @@ from melprobe.corpus.manifest import Span, Utterance, find_manifest, read_manife
 from melprobe.corpus.text import plain_text
 from melprobe.errors import UsageError
 from melprobe.model.processor import MelLLMProcessor
+from melprobe.training.distillation import teacher_inputs
 from melprobe.training.frames import (
     LENGTH_STEP,
     UNKNOWN,
@@ -176,7 +177,10 @@ class BatchOrder(Sampler[tuple[int, list[str]]]):
 
 
 class SpeechBatches(Dataset[tuple[int, BatchFeature]]):
-    """Loads, augments and featurises the clips of one step; `frames` adds `frame_targets`."""
+    """Loads, augments and featurises the clips of one step.
+
+    frames: adds `frame_targets`; teacher: adds what a teacher hears of them (`teacher_inputs`).
+    """
 
     def __init__(
         self,
@@ -186,12 +190,14 @@ class SpeechBatches(Dataset[tuple[int, BatchFeature]]):
         seed: int,
         *,
         frames: bool,
+        teacher: MelLLMProcessor | None = None,
     ):
         self.by_id = {clip.id: clip for clip in clips}
         self.processor = processor
         self.augment = augment
         self.seed = seed
         self.frames = frames
+        self.teacher = teacher
 
     def __getitem__(self, key: tuple[int, list[str]]) -> tuple[int, BatchFeature]:
         step, ids = key
@@ -203,7 +209,8 @@ class SpeechBatches(Dataset[tuple[int, BatchFeature]]):
         mel = batch["input_features"]
         if self.augment.frequency_warp != (1.0, 1.0):
             factors = rng.uniform(*self.augment.frequency_warp, size=len(mel))
-            mel = warp_frequency(mel, factors, self.processor.feature_extractor.f_max)
+            extractor = self.processor.feature_extractor
+            mel = warp_frequency(mel, factors, extractor.f_max, extractor.mel_scale)
         batch["input_features"] = spec_augment(
             mel,
             batch["feature_attention_mask"].sum(1),
@@ -215,6 +222,8 @@ class SpeechBatches(Dataset[tuple[int, BatchFeature]]):
         )
         if self.frames:
             batch.update(frame_targets(chosen, speeds, batch, self.processor))
+        if self.teacher:
+            batch.update(teacher_inputs(self.teacher, waves))
         return step, batch
 
     def _change(self, wave: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, float]:

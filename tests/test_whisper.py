@@ -1,4 +1,4 @@
-"""The CTranslate2 reader against transformers' own Whisper, and the judge on real speech."""
+"""The CTranslate2 reader against transformers' own Whisper, and packaged ones on real speech."""
 
 import struct
 from pathlib import Path
@@ -8,10 +8,13 @@ import pytest
 import torch
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
+from melprobe.analysis.wer import corpus_wer, count_errors
+from melprobe.audio.load import load_utterance
 from melprobe.cache import cache_dir
+from melprobe.corpus.manifest import find_manifest, read_manifest
 from melprobe.errors import UsageError
-from melprobe.model import ceiling
 from melprobe.model.ctranslate2 import read_tensors, whisper_config, whisper_weights
+from melprobe.model.whisper import ENCODER, JUDGE, load_whisper, transcribe
 
 SIZES = {"vocab_size": 60, "d_model": 16, "encoder_layers": 2, "decoder_layers": 3}
 SIZES |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
@@ -98,17 +101,14 @@ def test_another_kind_of_model_is_refused(tmp_path):
         read_tensors(tmp_path / "model.bin")
 
 
-def test_the_judge_hears_the_built_in_speech():
-    if not (cache_dir("judges") / "whisper-base").is_dir():
-        pytest.skip("Whisper base is not in the cache")
-    from melprobe.analysis.wer import corpus_wer, count_errors
-    from melprobe.audio.load import load_utterance
-    from melprobe.corpus.manifest import find_manifest, read_manifest
-
+@pytest.mark.parametrize(("name", "place"), [(JUDGE, "judges"), (ENCODER, "base")])
+def test_a_packaged_whisper_transcribes_the_built_in_speech(name, place):
+    if not (cache_dir(place) / name).is_dir():
+        pytest.skip(f"{name} is not in the cache")
     clips = read_manifest(find_manifest("builtin/test"))[:4]
-    model, processor = ceiling.packaged_whisper_base()
-    texts = ceiling.transcribe([load_utterance(clip) for clip in clips], model, processor)
+    model, processor = load_whisper(name)
+    texts = transcribe([load_utterance(clip) for clip in clips], model, processor)
     errors = [count_errors(clip.text, text) for clip, text in zip(clips, texts, strict=True)]
     assert corpus_wer(errors) < 0.3
     with pytest.raises(UsageError, match=r"clip lasts 31\.0 s"):
-        ceiling.transcribe([np.zeros(31 * 16_000, np.float32)], model, processor)
+        transcribe([np.zeros(31 * 16_000, np.float32)], model, processor)

@@ -1,0 +1,79 @@
+"""Where a twin's speech encoder comes from: a Whisper by name, trained or drawn anew."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from transformers import WhisperConfig, WhisperForConditionalGeneration
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from melprobe.errors import UsageError
+from melprobe.model.base import base_sha256, find_model, read_json
+from melprobe.model.whisper import ENCODER, JUDGE, packaged_whisper
+
+
+class EncoderStart(NamedTuple):
+    """What a twin's encoder is before its training."""
+
+    name: str
+    """A Whisper: `whisper-tiny.en`, a folder, or a hub id."""
+    pretrained: bool = True
+    """Its weights; else only its shape, drawn anew."""
+    trained: bool = False
+    """Whether training changes it."""
+
+    @property
+    def stays(self) -> bool:
+        """Whether it hears as it was trained, so that checkpoints leave it where it is."""
+        return self.pretrained and not self.trained
+
+
+def resolve_encoder(name: str) -> Path:
+    """The local folder of a whole Whisper: packaged, the user's, or fetched from the hub."""
+    if name == JUDGE:
+        raise UsageError(f"encoder {name!r}: it is the judge, and must not raise what it judges")
+    if name == ENCODER:
+        return packaged_whisper(ENCODER)
+    if folder := find_model(name):
+        return folder
+    raise UsageError(
+        f"no encoder {name!r}: take {ENCODER}, the folder of a Whisper, or a hub id like owner/name"
+    )
+
+
+def encoder_config(folder: Path) -> WhisperConfig:
+    """Of the Whisper in a folder; UsageError for another model."""
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind != "whisper":
+        raise UsageError(f"encoder {folder}: this is a {kind} model, not a Whisper")
+    config = WhisperConfig.from_pretrained(folder)
+    config.name_or_path = ""  # a path of this machine
+    return config
+
+
+def load_encoder(folder: Path) -> WhisperEncoder:
+    """Its encoder in float32; UsageError when a tensor is missing or damaged."""
+    encoder_config(folder)
+    try:
+        model, found = WhisperForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise UsageError(f"encoder {folder}: {' '.join(str(error).split())}") from None
+    if missing := sorted(name for name in found["missing_keys"] if ".encoder." in name):
+        raise UsageError(f"encoder {folder}: {len(missing)} tensors are missing: {missing[0]} …")
+    encoder = model.get_encoder()
+    encoder.embed_positions.requires_grad_(False)  # sinusoids, which loading takes for weights
+    return encoder
+
+
+def frozen_encoder(name: str, sha256: str, where: str) -> WhisperEncoder:
+    """The encoder that a checkpoint was trained behind; UsageError when its weights are others."""
+    folder = resolve_encoder(name)
+    if (found := base_sha256(folder)) != sha256:
+        raise UsageError(
+            f"{where}: trained behind the encoder of a {name} whose weights hash to {sha256[:12]}, "
+            f"but {folder} hashes to {found[:12]}; restore that one"
+        )
+    return load_encoder(folder)
