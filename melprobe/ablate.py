@@ -6,7 +6,8 @@ and lets other positions read it. --skip-layers takes the first away, --knockout
 --bypass-layers both. --ablate-attention, --ablate-mlp and --ablate-heads take one part of the work.
 --patch puts in what enters the block when the model hears something else: from which block on is
 nothing read there any more? --without-lora leaves the block and takes away what speech training
-changed in it. Stopped and started again, a study goes on where it was.
+changed in it. --copy-text is the control: the clips' words stand in their place, to be copied.
+Stopped and started again, a study goes on where it was.
 """
 
 import json
@@ -24,7 +25,14 @@ from rich.progress import Progress
 from melprobe.analysis.choice import choose_sets, halves
 from melprobe.analysis.findings import describe_data, layer_findings
 from melprobe.analysis.healing import add_healed_rows, describe_healing, heal, healing_recipe
-from melprobe.analysis.protocol import answer_limit, choose, leave_out_too_long, noisy, of_length
+from melprobe.analysis.protocol import (
+    answer_limit,
+    choose,
+    leave_out_too_long,
+    noisy,
+    of_length,
+    worded,
+)
 from melprobe.analysis.question import Question, asked
 from melprobe.analysis.study import LayerStudy, swap_partners
 from melprobe.analysis.sweep import run_layer_study
@@ -35,6 +43,7 @@ from melprobe.hooks.positions import POSITIONS
 from melprobe.listener import DTYPES, Listener, load
 from melprobe.model.checkpoint import DEFAULT
 from melprobe.model.memory import default_budget_mb
+from melprobe.model.prompts import Given
 from melprobe.report.examples import chosen_utterances, clip_path
 from melprobe.report.html import render
 from melprobe.report.reading import EACH_BLOCK
@@ -69,7 +78,7 @@ def parser() -> Parser:
     p.add_argument(
         "--positions",
         help=f"one of {', '.join(POSITIONS)}, or seconds of speech such as speech:0.5-1.2 "
-        "(default: speech; with --without-lora all)",
+        "(default: speech; with --without-lora all, with --copy-text prompt)",
     )
     p.add_argument(
         "--by",
@@ -97,11 +106,17 @@ def parser() -> Parser:
         help="with --skip-layers and a set: train LoRA and front with it skipped, for so many "
         "steps on the checkpoint's own data, and measure again",
     )
+    p.add_argument(
+        "--copy-text",
+        action="store_true",
+        help="give the model each clip's words as text instead, to be copied",
+    )
     p.add_argument("--checkpoint", help=f"name under checkpoints/, or a folder ({DEFAULT})")
     p.add_argument(
         "--model",
         metavar="HUB_ID",
-        help="someone else's speech LLM instead, by hub id or folder; see docs/other-models.md",
+        help="someone else's speech LLM instead, by hub id or folder, or with --copy-text a plain "
+        "language model; see docs/other-models.md",
     )
     p.add_argument("--device-map", help="with --model: spread it, as transformers does (auto)")
     p.add_argument("--data", default="builtin/test", help="manifest, or name like queen/test")
@@ -170,13 +185,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         chosen,
         checkpoint=subject.describe(listener),
         data=describe_data(options.data, manifest, study, left_out, options.noise, options.lengths),
-        unread=question.unread_block(listener.processor, listener.n_layers, study.waves),
+        unread=question.unread_block(listener.processor, listener.n_layers, study.given),
         healing=options.heal and describe_healing(out / "healing"),
         seed=options.seed,
         words=words,
     )
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    keep_examples(out, rows, study)
+    if not question.copy_text:
+        keep_examples(out, rows, study)
     print(f"report: {render(out)}")
 
 
@@ -196,21 +212,29 @@ def prepare(
         healing_recipe(subject, options.heal, out / "healing")
     listed = of_length(read_manifest(manifest), options.lengths)
     drawn = choose(listed, options.limit, options.seed)
-    usable, waves, left_out = load_usable(drawn, options.on_bad_audio)
-    if options.noise is not None:
-        waves = noisy(waves, options.noise, options.seed)
+    given: list[Given]
+    if question.copy_text:
+        usable, texts, left_out = worded(drawn)
+        given = [*texts]
+    else:
+        usable, waves, left_out = load_usable(drawn, options.on_bad_audio)
+        if options.noise is not None:
+            waves = noisy(waves, options.noise, options.seed)
+        given = [*waves]
     listener = subject.load(options, question.cut != "without-lora")
-    for place in reversed(question.without_patches(usable, waves, listener.processor)):
+    if question.copy_text:
+        listener = listener.reading()
+    for place in reversed(question.without_patches(usable, given, listener.processor)):
         left_out.append(f"{usable[place].id}: nothing of it stands at {question.positions}")
-        del usable[place], waves[place]
-    left_out += leave_out_too_long(listener, usable, waves, options.on_bad_audio)
+        del usable[place], given[place]
+    left_out += leave_out_too_long(listener, usable, given, options.on_bad_audio)
     question.check(listener.processor)
     if question.chooses:
         halves(len(usable))
     study = LayerStudy(
         run=out.resolve().name,
         utterances=usable,
-        waves=waves,
+        given=given,
         partners=swap_partners(usable),
         question=question,
         targets=targets,
@@ -229,6 +253,7 @@ def default_out(options: Any, question: Question, name: str) -> Path:
     data += f"-noise{options.noise:g}dB" if options.noise is not None else ""
     seed = f"-seed{options.seed}" if options.seed else ""
     layers += f"-healed-{options.heal}" if options.heal is not None else ""
+    data += "-copy-text" if question.copy_text else ""
     hidden = f"-from-{question.readers}" if question.readers else ""
     hidden += f"-beyond-{question.beyond:g}" if question.beyond else ""
     by = f"-{options.by}" if options.by not in (None, "zero") else ""
@@ -241,7 +266,7 @@ def default_out(options: Any, question: Question, name: str) -> Path:
 def keep_examples(out: Path, rows: pd.DataFrame, study: LayerStudy) -> None:
     """Put a few clips beside the rows, so that the report can be rebuilt from its folder alone."""
     (out / "audio").mkdir(exist_ok=True)
-    wave_of = {u.id: wave for u, wave in zip(study.utterances, study.waves, strict=True)}
+    wave_of = {u.id: wave for u, wave in zip(study.utterances, study.given, strict=True)}
     for utterance in chosen_utterances(rows):
         soundfile.write(clip_path(out, utterance), wave_of[utterance], SAMPLE_RATE)
 

@@ -209,7 +209,7 @@ def hear(listener: Listener, inputs: BatchFeature) -> None:
     ids = inputs["input_ids"]
     answers = {"labels": inputs["labels"], "attention_mask": inputs["attention_mask"]}
     others = {name: value for name, value in inputs.items() if name != "labels"}
-    with kinds_are(position_kinds(ids, listener.processor.audio_token_id, **answers)):
+    with kinds_are(position_kinds(ids, listener.processor.speech.audio_token_id, **answers)):
         none = torch.zeros_like(ids, dtype=torch.bool)
         listener.model(**others, use_cache=False, logits_to_keep=none)
 

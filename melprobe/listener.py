@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -29,7 +28,7 @@ from melprobe.hooks.replay import Replay
 from melprobe.model import checkpoint
 from melprobe.model.inference import AnswerScores, answer_scores, transcribe
 from melprobe.model.others import load_other
-from melprobe.model.prompts import ClipPrompts
+from melprobe.model.prompts import Given, Prompts
 from melprobe.shards import Caught
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -37,10 +36,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """A model and its processor; every method takes and gives what a person would."""
+    """A model and its processor; every method takes and gives what a person would.
+
+    What it is given are waves (float32, mono, 16 kHz), or texts where it reads: see `reading`.
+    """
 
     model: PreTrainedModel
-    processor: ClipPrompts
+    processor: Prompts
 
     @property
     def n_layers(self) -> int:
@@ -48,31 +50,38 @@ class Listener:
 
     @property
     def room(self) -> int:
-        """Positions that the decoder has for prompt, patches and answer."""
+        """Positions that the decoder has for prompt and answer."""
         config = self.model.config.get_text_config()
         return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
-    def positions(self, wave: np.ndarray, answer_tokens: int) -> int:
-        """How many of them this wave (float32, mono, 16 kHz) takes with an answer so long."""
-        patches = self.processor.positions_of(len(wave))
-        return len(self.processor.text_prompt("")) + patches + answer_tokens
+    def reading(self) -> "Listener":
+        """The same model, given texts to copy in the place of waves: the control for listening.
 
-    def transcribe(self, waves: Sequence[np.ndarray], max_new_tokens: int = 64) -> list[str]:
-        """Greedy transcripts of waves (float32, mono, 16 kHz), as one batch."""
-        if not len(waves):
+        >>> lm.reading().transcribe(["please hold"])                # doctest: +SKIP
+        """
+        return Listener(self.model, self.processor.reading())
+
+    def positions(self, given: Given, answer_tokens: int) -> int:
+        """How many of them this takes with an answer so long."""
+        middle = self.processor.positions_of(given)
+        return len(self.processor.text_prompt("")) + middle + answer_tokens
+
+    def transcribe(self, given: Sequence[Given], max_new_tokens: int = 64) -> list[str]:
+        """Greedy answers, as one batch."""
+        if not len(given):
             return []
-        return transcribe(self.model, self.processor, waves, max_new_tokens)
+        return transcribe(self.model, self.processor, given, max_new_tokens)
 
-    def score(self, waves: Sequence[np.ndarray], texts: Sequence[str]) -> AnswerScores:
-        """Likelihood of each text, in plain form, given its audio, as one batch."""
-        return answer_scores(self.model, self.processor, waves, [plain_text(t) for t in texts])
+    def score(self, given: Sequence[Given], texts: Sequence[str]) -> AnswerScores:
+        """Likelihood of each text, in plain form, as the answer to what is given, as one batch."""
+        return answer_scores(self.model, self.processor, given, [plain_text(t) for t in texts])
 
     def replay(
-        self, waves: Sequence[np.ndarray], texts: Sequence[str], max_new_tokens: int = 64
+        self, given: Sequence[Given], texts: Sequence[str], max_new_tokens: int = 64
     ) -> Replay:
         """Hear a batch once, to hear it again and again under interventions for little."""
         plain = [plain_text(t) for t in texts]
-        return Replay(self.model, self.processor, waves, plain, max_new_tokens)
+        return Replay(self.model, self.processor, given, plain, max_new_tokens)
 
     def skip(
         self, layers: Iterable[int], positions: str = "speech"
@@ -111,9 +120,9 @@ class Listener:
         """Replace what attention, MLPs or heads contribute; see `melprobe.hooks.parts`."""
         return ablate(self.model, parts, positions, values)
 
-    def entering(self, waves: Sequence[np.ndarray], positions: str = "speech") -> Entering:
-        """What enters each block at these positions of a batch of waves, for `patch`."""
-        return entering(self.model, self.processor(waves).to(self.model.device), positions)
+    def entering(self, given: Sequence[Given], positions: str = "speech") -> Entering:
+        """What enters each block at these positions of a batch, for `patch`."""
+        return entering(self.model, self.processor(given).to(self.model.device), positions)
 
     def patch(
         self, values: Mapping[int, Sequence[Tensor]], positions: str = "speech"
@@ -126,8 +135,8 @@ class Listener:
 
     def attribution(
         self,
-        clean: Sequence[np.ndarray],
-        corrupted: Sequence[np.ndarray],
+        clean: Sequence[Given],
+        corrupted: Sequence[Given],
         texts: Sequence[str],
         positions: str = "speech",
     ) -> Tensor:
@@ -190,6 +199,8 @@ def load_model(
     device_map: str | None = None,
 ) -> Listener:
     """Someone else's speech LLM by hub id or folder; see `melprobe.model.others`.
+
+    Or a plain language model, which reads.
 
     device, dtype: as in `load`. device_map: as in transformers, in place of `device`.
     """

@@ -53,7 +53,7 @@ class Row:
 
     run: str
     condition: str
-    """intact, swapped (hears another clip), or a cut: skip, knock-out, bypass, no-attention,
+    """intact, swapped (is given another clip), or a cut: skip, knock-out, bypass, no-attention,
     no-mlp, no-head, patch, without-lora"""
     layer: str = ""
     """"" for intact and swapped, else what was cut: blocks "7" or "3,5-8", or head "7.2" """
@@ -61,6 +61,7 @@ class Row:
     positions: str = ""
     """speech, text, all, speech:0.5-1.2, ..., or "" where nothing is cut"""
     speaker: str = ""
+    """"" where it is unknown, or a text was read"""
     nll: float
     """teacher-forced negative log-likelihood of the reference, summed, nat"""
     answer_tokens: int

@@ -9,6 +9,7 @@ import torch
 
 from melprobe.analysis.findings import checkpoint_name, describe_checkpoint, describe_other
 from melprobe.errors import UsageError
+from melprobe.hooks.anatomy import only_reads
 from melprobe.listener import DTYPES, Listener, fast_dtype, load, load_model, pick_device
 from melprobe.model.checkpoint import (
     DEFAULT,
@@ -51,7 +52,7 @@ def find_subject(options: Any) -> Subject:
         raise UsageError("--model and --checkpoint: name one of them")
     if options.device_map and options.device:
         raise UsageError("--device-map and --device: name one of them")
-    return _other(options.model)
+    return _other(options.model, options.copy_text)
 
 
 def _checkpoint(folder: Path) -> Subject:
@@ -75,8 +76,15 @@ def _checkpoint(folder: Path) -> Subject:
     )
 
 
-def _other(name: str) -> Subject:
-    text = read_other_config(name).get_text_config()
+def _other(name: str, copy_text: bool) -> Subject:
+    config = read_other_config(name)
+    if only_reads(config) and not copy_text:
+        raise UsageError(
+            f"--model {name}: {config.model_type} hears nothing; --copy-text studies it on text"
+        )
+    text = config.get_text_config()
+    if not hasattr(text, "num_attention_heads"):
+        raise UsageError(f"--model {name}: {config.model_type} has no attention in its blocks")
 
     def read(options: Any, merge: bool) -> Listener:
         dtype = DTYPES.get(options.dtype) or fast_dtype(pick_device(options.device))

@@ -64,7 +64,7 @@ def synthetic_results(damages: Sequence[float], *, passed: bool = True) -> Resul
     last = {"delta_wer": 0.0, "zero_by_construction": True, **nothing}
     layers.append(synthetic_layer(len(damages) - 1, 0.0, rng, **last))
     return {
-        "schema": 4,
+        "schema": 5,
         "run": "synthetic",
         "question": {
             "cut": "skip",
@@ -73,6 +73,7 @@ def synthetic_results(damages: Sequence[float], *, passed: bool = True) -> Resul
             "beyond": 0.0,
             "by": "",
             "source_noise_db": 0.0,
+            "copy_text": False,
             "layers": "each block in turn",
         },
         "checkpoint": {

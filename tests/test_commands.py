@@ -168,7 +168,7 @@ def test_other_cuts_have_rows_scores_and_words_of_their_own(folder, option, cut,
     found, rows = results(run), pd.read_parquet(run / "rows.parquet")
     positions = "all" if cut == "without-lora" else "speech"
     expected = {"cut": cut, "positions": positions, "layers": "each block in turn"}
-    rest = {"readers": "", "beyond": 0.0, "by": "", "source_noise_db": 0.0}
+    rest = {"readers": "", "beyond": 0.0, "by": "", "source_noise_db": 0.0, "copy_text": False}
     assert found["question"] == {**rest, **expected}
     assert set(rows.condition) == {"intact", "swapped", cut}
     last = found["layers"][-1]  # it is read there by what comes after
@@ -337,10 +337,10 @@ def test_series_of_sets_are_cut_in_turn(folder, layers, sets):
     ("option", "by", "says"),
     [
         ("--ablate-attention", "zero", "each block is run without attention in turn"),
-        ("--ablate-mlp", "mean", "gives way to its mean over all clips"),
+        ("--ablate-mlp", "mean", "gives way to its mean over all utterances"),
         ("--ablate-attention", "resample", "gives way to what it adds to another clip"),
         ("--ablate-heads", "zero", "each attention head is left out in turn"),
-        ("--ablate-heads", "mean", "gives way to its mean over all clips"),
+        ("--ablate-heads", "mean", "gives way to its mean over all utterances"),
     ],
 )
 def test_parts_of_blocks_give_way(folder, option, by, says):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 import melprobe
@@ -23,6 +24,7 @@ from melprobe.analysis.study import LayerStudy, swap_partners
 from melprobe.analysis.sweep import run_layer_study
 from melprobe.audio.load import load_utterance
 from melprobe.corpus.manifest import read_manifest
+from melprobe.corpus.text import plain_text
 from melprobe.hooks.layers import decoder_blocks, format_layers
 from melprobe.hooks.parts import Target
 from melprobe.report.reading import EACH_BLOCK, outcome
@@ -80,7 +82,22 @@ def idle(block, layer_idx):
 @pytest.fixture(scope="module")
 def planted():
     """The model, and where each planted block stands."""
-    listener = melprobe.load("mel-mini", device="cpu", dtype=torch.float32)
+    return plant(melprobe.load("mel-mini", device="cpu", dtype=torch.float32))
+
+
+@pytest.fixture(scope="module")
+def copying():
+    """The same in mel-mini without what speech training changed, which copies text."""
+    listener = melprobe.load("mel-mini", device="cpu", dtype=torch.float32, merge=False)
+    for module in listener.model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.enable_adapters(False)
+    listener, place = plant(listener)
+    return listener.reading(), place
+
+
+def plant(listener):
+    """Put the blocks in; returns the model, and where each stands."""
     model, own = listener.model, decoder_blocks(listener.model)
     generator = torch.Generator().manual_seed(0)
     width = model.config.text_config.hidden_size
@@ -105,22 +122,23 @@ def planted():
     return listener, dict(zip(PLANTED, (0, 1, 5, 6, 7), strict=True))
 
 
-def study_of(targets, positions="speech", layers=EACH_BLOCK):
+def study_of(targets, positions="speech", layers=EACH_BLOCK, copy_text=False):
     utterances = read_manifest(WORDS)
+    read = [plain_text(u.text) for u in utterances]
     return LayerStudy(
         run="planted",
         utterances=utterances,
-        waves=[load_utterance(u) for u in utterances],
+        given=read if copy_text else [load_utterance(u) for u in utterances],
         partners=swap_partners(utterances),
-        question=Question("skip", positions, layers),
+        question=Question("skip", positions, layers, copy_text=copy_text),
         targets=targets,
         max_new_tokens=16,
     )
 
 
-def scored(listener, targets, positions, path):
+def scored(listener, targets, positions, path, copy_text=False):
     """Layers of results.json, by label."""
-    study = study_of(targets, positions)
+    study = study_of(targets, positions, copy_text=copy_text)
     labels = [target.label for target in targets]
     with RowStore(path, {}) as store:
         run_layer_study(listener, study, store, lambda n: None)
@@ -147,9 +165,18 @@ def test_the_model_still_hears(planted):
 )
 def test_each_block_is_found_as_what_it_is(planted, tmp_path, positions, needed):
     listener, place = planted
-    layers = scored(
-        listener, [Target((block,)) for block in place.values()], positions, tmp_path / "rows"
-    )
+    targets = [Target((block,)) for block in place.values()]
+    check_found(scored(listener, targets, positions, tmp_path / "rows"), place, needed)
+
+
+def test_the_control_tells_what_text_needs_from_what_speech_alone_does(copying, tmp_path):
+    listener, place = copying
+    targets = [Target((block,)) for block in place.values()]
+    layers = scored(listener, targets, "prompt", tmp_path / "rows", copy_text=True)
+    check_found(layers, place, {"text", "one", "other"})
+
+
+def check_found(layers, place, needed):
     for name, block in place.items():
         layer = layers[str(block)]
         if name in needed:

@@ -123,7 +123,7 @@ def test_where_no_clip_changed_the_table_says_so(sweep):
 def test_a_failed_gate_speaks_of_an_error_rate_not_of_wrong_words():
     results = synthetic_results(sweep_damages(), passed=False)
     results["gate"]["wer_swapped"] = 1.5
-    assert "the word error rate on swapped audio is 150.0 %" in plain(reading.headline(results))
+    assert "the word error rate with another clip is 150.0 %" in plain(reading.headline(results))
 
 
 def test_markup_in_data_is_shown_as_text(tmp_path):
@@ -183,7 +183,7 @@ def test_missing_or_odd_runs_are_usage_errors(sweep, tmp_path):
     with pytest.raises(UsageError, match=r"gate\.passed: Field required"):
         render(tmp_path)
     (tmp_path / "results.json").write_text(json.dumps(good | {"schema": 1}))
-    with pytest.raises(UsageError, match="schema 1, but this melprobe reads 4"):
+    with pytest.raises(UsageError, match="schema 1, but this melprobe reads 5"):
         render(tmp_path)
     infinite = copy.deepcopy(good)
     infinite["baseline"]["wer_ci"] = [0, float("inf")]

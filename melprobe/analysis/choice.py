@@ -51,7 +51,7 @@ def choose_sets(
     Damages that were computed are kept in `store`, so that a stopped choice goes on; `advance(n)`
     hears of n sets done.
     """
-    free = study.question.unread_block(listener.processor, listener.n_layers, study.waves)
+    free = study.question.unread_block(listener.processor, listener.n_layers, study.given)
     offered = [block for target in study.targets for block in target.layers]
     blocks = [block for block in offered if str(block) != free]
     deciding, reported = halves(len(study.utterances))
@@ -110,8 +110,8 @@ class Trials:
         self.intact, self.gap = intact, swapped - intact
         if self.gap <= 0:
             raise UsageError(
-                "choosing blocks: another clip's audio does not hurt this model, so there is no "
-                "damage to choose by; see the listening gate in a report without a choice"
+                "choosing blocks: swapping clips does not hurt this model, so there is no damage "
+                "to choose by; see the gate in a report without a choice"
             )
         self.known = store.tried()
 

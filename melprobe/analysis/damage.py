@@ -26,14 +26,15 @@ def score_layers(
     positions: str,
     unread: str | None,
     seed: int,
+    copy_text: bool = False,
 ) -> dict[str, Any]:
     """`baseline`, `gate`, `layers` and `intervals` of results.json from a study's rows.
 
     `cut` and `labels` are the kind of cut and the layer sets as they stand in the rows. `unread`
     is the one whose output at the study's positions nobody reads, so that its zero is no finding;
-    None when there is none.
+    None when there is none. `copy_text`: texts were read in the place of clips.
     """
-    table = _Table(rows, seed)
+    table = _Table(rows, seed, copy_text)
     intact, swapped = table.condition("intact"), table.condition("swapped")
     gap = swapped.nll - intact.nll
     cuts = [table.condition(cut, label) for label in labels]
@@ -77,7 +78,8 @@ def score_layers(
 class _Table:
     """Rows by condition, utterances in one fixed order, and their bootstrap."""
 
-    def __init__(self, rows: pd.DataFrame, seed: int):
+    def __init__(self, rows: pd.DataFrame, seed: int, copy_text: bool):
+        self.copy_text = copy_text
         self.rows = rows.assign(errors=rows.substitutions + rows.deletions + rows.insertions)
         speakers = self.condition("intact").speaker.tolist()
         self.bootstrap = Bootstrap(speakers, resamples=RESAMPLES, seed=seed)
@@ -100,10 +102,11 @@ class _Table:
         gap = self.bootstrap.ratio(swapped.nll - intact.nll, intact.answer_tokens)
         wer = _ratio(swapped.errors, swapped.reference_words)
         hears, reads = gap.low > GATE_NAT, wer > GATE_WER
+        what = "text" if self.copy_text else "audio"
         reason = (
-            f"swapping the audio costs {gap.value:.2f} nat per answer token (95 % interval from "
+            f"swapping the {what} costs {gap.value:.2f} nat per answer token (95 % interval from "
             f"{gap.low:.2f}; {'above' if hears else 'not above'} {GATE_NAT}), and WER on swapped "
-            f"audio is {100 * wer:.0f} % ({'above' if reads else 'not above'} "
+            f"{what} is {100 * wer:.0f} % ({'above' if reads else 'not above'} "
             f"{100 * GATE_WER:.0f} %)"
         )
         return {
@@ -116,8 +119,9 @@ class _Table:
         }
 
     def method(self) -> str:
-        unit = self.bootstrap.unit
-        scope = "" if unit == "speaker" else ", so they speak of these speakers only"
+        unit, scope = self.bootstrap.unit, ", so they speak of these speakers only"
+        if unit == "speaker" or self.copy_text:
+            scope = ""
         return (
             f"Paired bootstrap over {self.bootstrap.n_units} {unit}s ({RESAMPLES} resamples)"
             f"{scope}; profiles over layers carry simultaneous 95 % max-t bands."

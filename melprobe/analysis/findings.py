@@ -1,6 +1,7 @@
 """What a finished layer study writes down: `results.json`, from its rows and what it ran on."""
 
 import json
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from melprobe.analysis.choice import Chosen
 from melprobe.analysis.damage import score_layers
 from melprobe.analysis.study import LayerStudy
 from melprobe.audio.load import SAMPLE_RATE
+from melprobe.hooks.anatomy import anatomy
 from melprobe.listener import Listener
 from melprobe.model.checkpoint import weights_file
 from melprobe.report.notation import listing
@@ -40,7 +42,8 @@ def layer_findings(
     """
     question, n = study.question, len(study.utterances)
     labels = [target.label for target in study.targets]
-    scores = score_layers(rows, question.cut, labels, question.positions, unread, seed)
+    read = question.copy_text
+    scores = score_layers(rows, question.cut, labels, question.positions, unread, seed, read)
     ways = chosen.ways if chosen else {}
     for layer, label in zip(scores["layers"], labels, strict=True):
         layer["picked_by"] = ways.get(label, [])
@@ -48,7 +51,7 @@ def layer_findings(
         healed = score_layers(rows, "healed", labels, question.positions, unread, seed)["layers"][0]
         healing = {**healing, "layer": healed | {"picked_by": []}}
     seconds = rows[rows.condition == "intact"].seconds.sum()
-    scores["baseline"]["rtfx"] = data["seconds"] / seconds
+    scores["baseline"]["rtfx"] = data["seconds"] and data["seconds"] / seconds
     command = ["python -m melprobe.ablate", *map(shlex.quote, words)]
     return {
         "schema": SCHEMA,
@@ -66,7 +69,7 @@ def layer_findings(
         "n_utterances": n,
         **scores,
         **provenance(seed=seed, command=command),
-        "warnings": warnings(n, checkpoint["targets_after"]),
+        "warnings": warnings(n, () if read else checkpoint["targets_after"]),
     }
 
 
@@ -82,8 +85,8 @@ def warnings(n: int, targets: Sequence[int]) -> list[str]:
         )
     if n < ENOUGH_FOR_WER:
         found.append(
-            f"With {n} utterances the bands on ΔWER hold less often than 95 %, because few clips "
-            "change their words: claims rest on ΔNLL."
+            f"With {n} utterances the bands on ΔWER hold less often than 95 %, because few of "
+            "them change their words: claims rest on ΔNLL."
         )
     return found
 
@@ -103,7 +106,7 @@ def describe_checkpoint(folder: Path, listener: Listener) -> dict[str, Any]:
         "sha256": file_sha256(weights_file(folder)),
         "base": config.base,
         "front": config.audio_front,
-        "token_rate_hz": listener.processor.speech.rate,
+        "token_rate_hz": anatomy(listener.model).rate,
         "n_layers": listener.n_layers,
         "trained_on": list(dict.fromkeys(corpus["manifest"] for corpus in manifests)),
         "targets_after": targets_after(folder),
@@ -118,7 +121,7 @@ def describe_other(name: str, fingerprint: str, listener: Listener) -> dict[str,
         "sha256": fingerprint,
         "base": type(listener.model).__name__,
         "front": listener.model.config.model_type,
-        "token_rate_hz": listener.processor.speech.rate,
+        "token_rate_hz": None if math.isnan(rate := anatomy(listener.model).rate) else rate,
         "n_layers": listener.n_layers,
         "trained_on": [],
         "targets_after": [],
@@ -149,15 +152,17 @@ def describe_data(
     noise_db: float | None,
     lengths: str | None,
 ) -> dict[str, Any]:
-    n = len(study.utterances)
-    speakers = {u.speaker for u in study.utterances if u.speaker}
-    if len(speakers) == 1:
+    n, read = len(study.utterances), study.question.copy_text
+    speakers = {u.speaker for u in study.utterances if u.speaker and not read}
+    if read:
+        scope = "clips, read as text: it can show how this model copies words like these"
+    elif len(speakers) == 1:
         scope = "one speaker: it can show what this model does with this voice, not with others"
     elif len(speakers) < 10:
         scope = f"{len(speakers) or 'unnamed'} speakers: too few to speak of speakers in general"
     else:
         scope = f"{len(speakers)} speakers, resampled whole: it speaks of speakers like these"
-    note = f"{n} utterances of {scope}."
+    note = f"{n} {'transcripts' if read else 'utterances'} of {scope}."
     if lengths:
         name += f", {lengths} s"
         note += f" Only clips of {lengths} s were taken."
@@ -171,7 +176,7 @@ def describe_data(
         "name": name,
         "n_utterances": n,
         "n_speakers": len(speakers),
-        "seconds": round(sum(map(len, study.waves)) / SAMPLE_RATE, 2),
+        "seconds": None if read else round(sum(map(len, study.given)) / SAMPLE_RATE, 2),
         "sha256": file_sha256(manifest),
         "note": note,
         "left_out": left_out,

@@ -118,9 +118,9 @@ def add_healed_rows(intact: Listener, healed: Listener, study: LayerStudy, store
         keys = [Key(study.run, HEALED, target.label, u.id) for u in batch.utterances]
         if done.issuperset(keys):
             continue
-        waves = [study.waves[i] for i in places]
+        given = [study.given[i] for i in places]
         with batch.variant(target).cut():
             heard = batch.replay.intact
-            scores = healed.score(waves, batch.texts)
-        kl = kl_per_clip(intact.score(waves, batch.texts), scores)
+            scores = healed.score(given, batch.texts)
+        kl = kl_per_clip(intact.score(given, batch.texts), scores)
         store.add(make_rows(batch, HEALED, target.label, replace(heard, kl=kl), {}))

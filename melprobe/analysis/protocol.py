@@ -1,7 +1,7 @@
 """What every measurement of a model has in common: which clips, answers how long."""
 
 import math
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from melprobe.corpus.manifest import Utterance
 from melprobe.corpus.text import plain_text
 from melprobe.errors import UsageError
 from melprobe.listener import Listener
+from melprobe.model.prompts import Given
+
+AnyGiven = TypeVar("AnyGiven", bound=Given)
 
 
 def choose(utterances: list[Utterance], limit: int, seed: int) -> list[Utterance]:
@@ -44,6 +47,26 @@ def of_length(utterances: list[Utterance], lengths: str | None) -> list[Utteranc
     )
 
 
+def worded(utterances: list[Utterance]) -> tuple[list[Utterance], list[str], list[str]]:
+    """Utterances whose words can be read in the place of their audio: those that have any, and
+
+    each text once. Beside them their texts, in plain form, and a line for each that was left out.
+    """
+    first: dict[str, Utterance] = {}
+    left_out = []
+    for u in utterances:
+        text = plain_text(u.text)
+        if not text:
+            left_out.append(f"{u.id}: no words to copy")
+        elif text in first:
+            left_out.append(f"{u.id}: says what {first[text].id} says")
+        else:
+            first[text] = u
+    if not first:
+        raise UsageError(f"--copy-text: {left_out[0]}, nor in any of {len(left_out)} clips")
+    return list(first.values()), list(first), left_out
+
+
 def noisy(waves: list[np.ndarray], snr_db: float, seed: int) -> list[np.ndarray]:
     """The waves with noise `snr_db` below each, of a random colour; the same for the same seed."""
     check_snr(snr_db, f"--noise {snr_db:g}")
@@ -59,7 +82,7 @@ def answer_limit(listener: Listener, utterances: list[Utterance]) -> int:
 def leave_out_too_long(
     listener: Listener,
     utterances: list[Utterance],
-    waves: list[np.ndarray],
+    given: list[AnyGiven],
     on_bad: Literal["error", "skip"],
 ) -> list[str]:
     """Take out of both lists, in place, what the decoder has no room for; a line of reason each.
@@ -71,24 +94,25 @@ def leave_out_too_long(
     room = listener.room
     answers = [_answer_length(listener, u) * 3 // 2 for u in utterances]
     fitting = [
-        n for n, wave in zip(answers, waves, strict=True) if listener.positions(wave, n) <= room
+        n for n, one in zip(answers, given, strict=True) if listener.positions(one, n) <= room
     ]
     for place in reversed(range(len(utterances))):
-        u, wave = utterances[place], waves[place]
+        u, one = utterances[place], given[place]
         answer = max(answers[place], *fitting, 0)
-        needed = listener.positions(wave, answer)
+        needed = listener.positions(one, answer)
         if needed <= room:
             continue
+        what = "a text" if isinstance(one, str) else f"{len(one) / SAMPLE_RATE:.1f} s of audio"
         reason = (
-            f"{u.where}: {u.audio}: {len(wave) / SAMPLE_RATE:.1f} s of audio and an answer of up "
-            f"to {answer} tokens take {needed} positions, and the decoder has {room}: cut it"
+            f"{u.where}: {u.audio}: {what} and an answer of up to {answer} tokens take {needed} "
+            f"positions, and the decoder has {room}: cut it"
         )
         if on_bad == "error":
             raise BadAudio(reason)
         left_out.insert(0, reason)
-        del utterances[place], waves[place]
+        del utterances[place], given[place]
     if left_out and not utterances:
-        raise BadAudio(f"all {len(left_out)} recordings are too long; the first: {left_out[0]}")
+        raise BadAudio(f"all {len(left_out)} clips are too long; the first: {left_out[0]}")
     return left_out
 
 

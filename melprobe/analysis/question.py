@@ -7,8 +7,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from melprobe.audio.augment import check_snr
 from melprobe.corpus.manifest import Utterance
 from melprobe.errors import UsageError
@@ -16,7 +14,7 @@ from melprobe.hooks.layers import parse_layers
 from melprobe.hooks.parts import Part, PartName, Target
 from melprobe.hooks.patching import check_patched_positions
 from melprobe.hooks.positions import Kind, parse_positions, patches_between
-from melprobe.model.prompts import ClipPrompts
+from melprobe.model.prompts import Given, Prompts
 from melprobe.report.reading import EACH_BLOCK, SERIES
 from melprobe.report.schema import By, CutName
 
@@ -39,6 +37,8 @@ class Question(NamedTuple):
     """Of parts of blocks and of patches: what stands in the place of what belongs there."""
     source_noise_db: float = 0.0
     """Of a patch by noise: how far below the clip that is."""
+    copy_text: bool = False
+    """Whether texts stand in the place of clips, to be copied."""
 
     def parts(self, target: Target) -> list[Part]:
         """The parts of a target that are replaced; none where blocks are cut as wholes."""
@@ -83,9 +83,9 @@ class Question(NamedTuple):
             self.picks(len(sets))
         return [Target(tuple(layers)) for layers in sets]
 
-    def check(self, processor: ClipPrompts) -> None:
+    def check(self, processor: Prompts) -> None:
         """UsageError where the prompt leaves nothing to ask."""
-        if self.positions == "prompt" and not processor.before + processor.after:
+        if self.positions == "prompt" and Kind.PROMPT not in processor.kinds:
             raise UsageError("positions 'prompt': this checkpoint has no words around the audio")
         if self.cut == "knock-out" and not self._hides(processor):
             who = f" --readers {self.readers}" if self.readers else ""
@@ -94,10 +94,9 @@ class Question(NamedTuple):
                 "could read them, so there is nothing to hide them from"
             )
 
-    def _hides(self, processor: ClipPrompts) -> bool:
+    def _hides(self, processor: Prompts) -> bool:
         """Whether any reader stands behind any of the positions."""
-        order = [Kind.BOS, *[Kind.PROMPT] * bool(processor.before), Kind.SPEECH, Kind.SPEECH]
-        order += [*[Kind.PROMPT] * bool(processor.after), Kind.ANSWER, Kind.ANSWER]
+        order = [*processor.kinds, Kind.ANSWER, Kind.ANSWER]
         there = set(parse_positions(self.positions).kinds)
         readers = set(parse_positions(self.readers).kinds) if self.readers else set(Kind) - there
         if self.readers and there == readers == {Kind.SPEECH}:
@@ -106,9 +105,7 @@ class Question(NamedTuple):
                 return False
         return any(kind in there and readers & set(order[i + 1 :]) for i, kind in enumerate(order))
 
-    def unread_block(
-        self, processor: ClipPrompts, n_layers: int, waves: Sequence[np.ndarray]
-    ) -> str | None:
+    def unread_block(self, processor: Prompts, n_layers: int, given: Sequence[Given]) -> str | None:
         """The block whose cut costs nothing by construction: the last, whose output nobody reads.
 
         None where an answer token is read off one of the positions that the cut changes: those
@@ -118,25 +115,24 @@ class Question(NamedTuple):
         if not changed or self.cut in {"bypass", "patch", "without-lora"}:
             return None
         selection = parse_positions(changed)
-        before_answer = Kind.PROMPT if processor.after else Kind.SPEECH
+        before_answer = processor.kinds[-1]
         read = bool({before_answer, Kind.ANSWER} & set(selection.kinds))
         if selection.seconds and before_answer is Kind.SPEECH:
             read = any(
-                processor.positions_of(len(wave)) - 1
-                in _patches(selection.seconds, wave, processor)
-                for wave in waves
+                processor.positions_of(wave) - 1 in _patches(selection.seconds, wave, processor)
+                for wave in given
             )
         return None if read else str(n_layers - 1)
 
     def without_patches(
-        self, utterances: Sequence[Utterance], waves: Sequence[np.ndarray], processor: ClipPrompts
+        self, utterances: Sequence[Utterance], given: Sequence[Given], processor: Prompts
     ) -> list[int]:
         """Places of clips in which nothing sounds in the seconds that are asked about.
 
         UsageError when that is all of them.
         """
-        if self.beyond and len(waves):
-            patches = max(processor.positions_of(len(wave)) for wave in waves)
+        if self.beyond and len(given):
+            patches = max(processor.positions_of(wave) for wave in given)
             if (patches - 1) * processor.speech.seconds <= self.beyond + 1e-4:
                 raise UsageError(
                     f"--beyond {self.beyond:g}: no clip has patches so far apart; the longest "
@@ -145,8 +141,8 @@ class Question(NamedTuple):
         seconds = parse_positions(self.positions).seconds
         if seconds is None:
             return []
-        silent = [i for i, wave in enumerate(waves) if not _patches(seconds, wave, processor)]
-        if len(silent) == len(waves):
+        silent = [i for i, wave in enumerate(given) if not _patches(seconds, wave, processor)]
+        if len(silent) == len(given):
             longest = max(u.duration for u in utterances)
             raise UsageError(
                 f"positions {self.positions!r}: no patch of any clip has its middle there; the "
@@ -165,11 +161,14 @@ def asked(options: Any, cuts: dict[str, CutName]) -> Question:
     ((cut, layers),) = given.items()
     if cut != "knock-out" and (options.readers is not None or options.beyond):
         raise UsageError("--readers and --beyond go with --knockout")
-    usual = "all" if cut == "without-lora" else "speech"
+    usual = "prompt" if options.copy_text else "speech"
+    usual = "all" if cut == "without-lora" else usual
     positions = usual if options.positions is None else options.positions
     parse_positions(positions)
     if options.readers is not None:
         parse_positions(options.readers)
+    if options.copy_text:
+        _check_text(options, positions)
     by, source_noise_db = _by(options.by, cut)
     if cut == "patch":
         check_patched_positions(positions)
@@ -179,7 +178,14 @@ def asked(options: Any, cuts: dict[str, CutName]) -> Question:
             "take speech positions"
         )
     question = Question(
-        cut, positions, layers, options.readers or "", options.beyond, by, source_noise_db
+        cut,
+        positions,
+        layers,
+        options.readers or "",
+        options.beyond,
+        by,
+        source_noise_db,
+        options.copy_text,
     )
     speech = question.positions == question.readers == "speech"
     if not 0 <= question.beyond < math.inf or (question.beyond and not speech):
@@ -187,6 +193,25 @@ def asked(options: Any, cuts: dict[str, CutName]) -> Question:
             f"--beyond {question.beyond:g}: give seconds, with --positions speech --readers speech"
         )
     return question
+
+
+def _check_text(options: Any, positions: str) -> None:
+    """UsageError for what can only be asked of clips."""
+    for option, value in (("positions", positions), ("readers", options.readers or "all")):
+        if parse_positions(value).kinds == (Kind.SPEECH,):
+            raise UsageError(
+                f"--copy-text --{option} {value}: where text is read there is no speech; take "
+                "prompt, answer, text, bos or all"
+            )
+    for option, asked_for in (
+        ("--patch", options.patch is not None),
+        ("--by resample", options.by == "resample"),
+        ("--beyond", bool(options.beyond)),
+        ("--noise", options.noise is not None),
+        ("--heal", options.heal is not None),
+    ):
+        if asked_for:
+            raise UsageError(f"--copy-text {option}: this is for clips, and here text is read")
 
 
 def _by(text: str | None, cut: CutName) -> tuple[By, float]:
@@ -212,8 +237,8 @@ def _by(text: str | None, cut: CutName) -> tuple[By, float]:
     return "", 0.0
 
 
-def _patches(seconds: tuple[float, float], wave: np.ndarray, processor: ClipPrompts) -> list[int]:
-    return patches_between(*seconds, processor.positions_of(len(wave)), processor.speech)
+def _patches(seconds: tuple[float, float], wave: Given, processor: Prompts) -> list[int]:
+    return patches_between(*seconds, processor.positions_of(wave), processor.speech)
 
 
 def _layer_sets(text: str, n_layers: int) -> list[list[int]]:

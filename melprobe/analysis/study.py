@@ -15,17 +15,19 @@ from melprobe.hooks.parts import Part, Target
 from melprobe.listener import Listener
 from melprobe.model.inference import batches_by_length
 from melprobe.model.memory import study_bytes
+from melprobe.model.prompts import Given
 
 
 @dataclass(frozen=True, slots=True)
 class LayerStudy:
-    """What is cut, how and where, and on which clips (waves are float32, mono, 16 kHz)."""
+    """What is cut, how and where, and on which clips."""
 
     run: str
     utterances: Sequence[Utterance]
-    waves: Sequence[np.ndarray]
+    given: Sequence[Given]
+    """their waves (float32, mono, 16 kHz), or in place of them their texts"""
     partners: Sequence[int]
-    """for each clip, the one whose audio it hears when swapped"""
+    """for each clip, the one that the model is given when swapped"""
     question: Question
     targets: Sequence[Target]
     """what is cut in turn"""
@@ -46,8 +48,8 @@ class LayerStudy:
         UsageError when one of them doesn't fit alone.
         """
         sizes = [
-            clip_bytes(listener, wave, u.text, self.max_new_tokens)
-            for u, wave in zip(self.utterances, self.waves, strict=True)
+            clip_bytes(listener, given, u.text, self.max_new_tokens)
+            for u, given in zip(self.utterances, self.given, strict=True)
         ]
         most = self.memory_mb * 500_000
         if max(sizes) > most:
@@ -55,25 +57,25 @@ class LayerStudy:
             raise UsageError(
                 f"{u.where}: {u.audio}: takes {max(sizes) / 1e6:.0f} MB in a study, and there are "
                 f"{most / 1e6:g} for clips (half of --memory {self.memory_mb}): give more memory "
-                "or cut the clip"
+                "or cut it"
             )
         return list(batches_by_length(sizes, most))
 
     def of(self, places: Sequence[int]) -> "LayerStudy":
-        """The same on some of the clips, which swap their audio among themselves."""
+        """The same on some of the clips, which are swapped among themselves."""
         utterances = [self.utterances[i] for i in places]
         return replace(
             self,
             utterances=utterances,
-            waves=[self.waves[i] for i in places],
+            given=[self.given[i] for i in places],
             partners=swap_partners(utterances),
         )
 
 
-def clip_bytes(listener: Listener, wave: np.ndarray, text: str, max_new_tokens: int) -> int:
+def clip_bytes(listener: Listener, given: Given, text: str, max_new_tokens: int) -> int:
     """About what a clip takes in a batch; see `melprobe.model.memory.study_bytes`."""
     answers = len(listener.processor.answer_ids(plain_text(text))) + max_new_tokens
-    return study_bytes(listener.model, listener.positions(wave, answers), answers)
+    return study_bytes(listener.model, listener.positions(given, answers), answers)
 
 
 def swap_partners(utterances: Sequence[Utterance]) -> list[int]:
@@ -90,7 +92,7 @@ def swap_partners(utterances: Sequence[Utterance]) -> list[int]:
         if other is None:
             raise UsageError(
                 f"{len(utterances)} clip{'s' * (len(utterances) > 1)} of {utterances[0].where}: "
-                "swapping the audio needs two clips with different words; take more, or other data"
+                "swapping needs two clips with different words; take more, or other data"
             )
         partners.append(other)
     return partners

@@ -42,12 +42,12 @@ def with_means(listener: Listener, study: LayerStudy) -> LayerStudy:
     with watch_means(listener.model, study.parts, question.positions) as means:
         for places in study.batches(listener):
             texts = [study.utterances[i].text for i in places]
-            listener.score([study.waves[i] for i in places], texts)
+            listener.score([study.given[i] for i in places], texts)
     return replace(study, means=means.values())
 
 
 class StudyBatch:
-    """Some clips of a study: heard intact, with swapped audio, and all that a cut needs."""
+    """Some clips of a study: heard intact, swapped, and all that a cut needs."""
 
     def __init__(
         self,
@@ -61,17 +61,17 @@ class StudyBatch:
         self.max_new_tokens = study.max_new_tokens if max_new_tokens is None else max_new_tokens
         self.utterances = [study.utterances[i] for i in places]
         self.texts = [u.text for u in self.utterances]
-        self._waves = [study.waves[i] for i in places]
-        self._swapped_waves = [study.waves[study.partners[i]] for i in places]
+        self._given = [study.given[i] for i in places]
+        self._swapped = [study.given[study.partners[i]] for i in places]
 
     @cached_property
     def replay(self) -> Replay:
-        return self.listener.replay(self._waves, self.texts, self.max_new_tokens)
+        return self.listener.replay(self._given, self.texts, self.max_new_tokens)
 
     @cached_property
     def swapped(self) -> Replay:
-        """Each clip's text under its partner's audio."""
-        return self.listener.replay(self._swapped_waves, self.texts, self.max_new_tokens)
+        """Each clip's text when the model is given its partner."""
+        return self.listener.replay(self._swapped, self.texts, self.max_new_tokens)
 
     def variant(self, target: Target) -> Variant:
         """This cut, as the study cuts."""
@@ -111,14 +111,15 @@ class StudyBatch:
     @cached_property
     def _other_waves(self) -> list[np.ndarray]:
         """What the run hears that patches come from: as long as each clip."""
+        waves = [np.asarray(wave) for wave in self._given]  # texts are not patched
         if self.study.question.by == "resample":
-            pairs = zip(self._waves, self._swapped_waves, strict=True)
+            pairs = zip(waves, self._swapped, strict=True)
             return [np.resize(other, len(wave)) for wave, other in pairs]
         snr_db = self.study.question.source_noise_db
         # Seeded by the clip, so that a study that goes on meets the same noise.
         return [
             add_noise(wave, snr_db, np.random.default_rng(zlib.crc32(u.id.encode())))
-            for wave, u in zip(self._waves, self.utterances, strict=True)
+            for wave, u in zip(waves, self.utterances, strict=True)
         ]
 
     @cached_property
@@ -130,14 +131,14 @@ class StudyBatch:
     def attribution(self) -> Tensor:
         """(L, B) change of each clip's NLL under a patch of each block, to first order, nat."""
         positions = self.study.question.positions
-        waves = (self._other_waves, self._waves)  # here the run that is patched is the clean one
+        waves = (self._other_waves, self._given)  # here the run that is patched is the clean one
         return self.listener.attribution(*waves, self.texts, positions)
 
     @cached_property
     def _of_partners(self) -> dict[Part, list[Tensor]]:
         """What all parts contribute to the partners' clips."""
         question, model = self.study.question, self.listener.model
-        inputs = self.listener.processor(self._swapped_waves).to(model.device)
+        inputs = self.listener.processor(self._swapped).to(model.device)
         with torch.no_grad(), watch_parts(model, self.study.parts, question.positions) as seen:
             model(**inputs, logits_to_keep=1)
         return seen
@@ -197,7 +198,7 @@ def make_rows(
                 layer=label,
                 utterance=u.id,
                 positions=batch.study.question.positions if label else "",
-                speaker=u.speaker,
+                speaker="" if batch.study.question.copy_text else u.speaker,
                 nll=heard.nll[i].item(),
                 answer_tokens=int(heard.tokens[i]),
                 kl=heard.kl[i].item(),

@@ -59,7 +59,7 @@ class Study:
 
     def speech(self, inputs: BatchFeature) -> Tensor:
         """(B, S, 1) bool."""
-        return (inputs["input_ids"] == self.listener.processor.audio_token_id)[..., None]
+        return (inputs["input_ids"] == self.listener.processor.speech.audio_token_id)[..., None]
 
     def ended(self, ids: Sequence[int]) -> list[int]:
         """Up to the first end token."""

@@ -75,11 +75,17 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
     kind = model.config.model_type
     if kind in KNOWN:
         return KNOWN[kind](model.config)
-    hears = any("audio" in name or "speech" in name for name in model.config.to_dict())
-    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not hears:
+    if only_reads(model.config):
         return Anatomy(None)
     raise UsageError(
         f"{type(model).__name__} ({kind}) has no adapter: say in melprobe.hooks.anatomy.KNOWN "
         "which token stands at its speech positions and how many seconds each is; "
         f"docs/other-models.md shows how. There are: {', '.join(KNOWN)}, and plain language models"
     )
+
+
+def only_reads(config: Any) -> bool:
+    """Whether this is the configuration of a plain language model of transformers."""
+    hears = any("audio" in name or "speech" in name for name in config.to_dict())
+    plain = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return plain and config.model_type not in KNOWN and not hears

@@ -24,7 +24,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,7 +37,7 @@ from melprobe.hooks.layers import decoder_blocks
 from melprobe.hooks.positions import Kind, kinds_are, position_kinds, rows_of, selected
 from melprobe.model.exit import check_reached
 from melprobe.model.inference import greedy_ids, logits_at, score_tokens
-from melprobe.model.prompts import ClipPrompts
+from melprobe.model.prompts import Given, Prompts
 
 _NOTHING = -100
 """Stands where a shorter answer has no token."""
@@ -96,12 +95,14 @@ class Replay:
     def __init__(
         self,
         model: PreTrainedModel,
-        processor: ClipPrompts,
-        waves: Sequence[np.ndarray],
+        processor: Prompts,
+        given: Sequence[Given],
         texts: Sequence[str],
         max_new_tokens: int,
     ):
-        """waves: float32, mono, 16 kHz; texts: references in plain form, one for each.
+        """given: waves (float32, mono, 16 kHz) or texts to read; texts: a reference in plain form
+
+        for each.
 
         With `max_new_tokens` 0 nothing is decoded, and answers are empty.
         """
@@ -111,9 +112,9 @@ class Replay:
         self.speech = anatomy(model)
         check_reached(model.config, range(len(self.blocks)))
         self.end_ids = _end_ids(model)
-        prompts = processor(waves).to(model.device)
+        prompts = processor(given).to(model.device)
         start = time.perf_counter()
-        written: list[list[int]] = [[] for _ in waves]
+        written: list[list[int]] = [[] for _ in given]
         if max_new_tokens:
             written = greedy_ids(model, prompts, max_new_tokens).tolist()
         seconds = time.perf_counter() - start

@@ -1,7 +1,8 @@
 """Listening: transcripts and answer likelihoods of clips, in batches that fit.
 
 The two measurements that everything else stands on: greedy transcripts (`transcribe`) and the
-negative log-likelihood of the reference given the audio (`answer_scores`).
+negative log-likelihood of the reference given the audio (`answer_scores`). Where the model reads,
+texts stand in the place of clips.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from transformers import BatchFeature, PreTrainedModel
 from melprobe.hooks.anatomy import anatomy
 from melprobe.hooks.positions import kinds_are, position_kinds
 from melprobe.model.config import token_ids_only
-from melprobe.model.prompts import ClipPrompts
+from melprobe.model.prompts import Given, Prompts
 
 
 class AnswerScores(NamedTuple):
@@ -48,12 +49,12 @@ def batches_by_length(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
 @torch.no_grad()
 def transcribe(
     model: PreTrainedModel,
-    processor: ClipPrompts,
-    waves: Sequence[np.ndarray],
+    processor: Prompts,
+    given: Sequence[Given],
     max_new_tokens: int = 64,
 ) -> list[str]:
-    """Greedy transcripts of one batch of waves (float32, mono, 16 kHz)."""
-    inputs = processor(waves).to(model.device)
+    """Greedy transcripts of one batch of waves (float32, mono, 16 kHz), or copies of texts."""
+    inputs = processor(given).to(model.device)
     return processor.batch_decode(greedy_ids(model, inputs, max_new_tokens))
 
 
@@ -75,12 +76,12 @@ def greedy_ids(model: PreTrainedModel, inputs: BatchFeature, max_new_tokens: int
 @torch.no_grad()
 def answer_scores(
     model: PreTrainedModel,
-    processor: ClipPrompts,
-    waves: Sequence[np.ndarray],
+    processor: Prompts,
+    given: Sequence[Given],
     texts: Sequence[str],
 ) -> AnswerScores:
-    """Score one batch of references under their audio."""
-    return score_tokens(*_answer_logits(model, processor(waves, list(texts)).to(model.device)))
+    """Score one batch of references under their audio, or under texts."""
+    return score_tokens(*_answer_logits(model, processor(given, list(texts)).to(model.device)))
 
 
 def answer_nll(model: PreTrainedModel, inputs: BatchFeature) -> Tensor:

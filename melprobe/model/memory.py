@@ -48,7 +48,9 @@ def study_bytes(model: PreTrainedModel, positions: int, answer_tokens: int) -> i
     layers = list(getattr(config, "per_layer_config", None) or [config] * blocks)
     residuals = (blocks + 1) * width
     cache = sum(_keys_and_values(layer) for layer in layers)
-    block = 4 * width + 3 * max(layer.intermediate_size for layer in layers)
+    # OPT has another name for it.
+    widest = max(getattr(layer, "intermediate_size", 4 * width) for layer in layers)
+    block = 4 * width + 3 * widest
     masks = positions  # a byte for each pair of positions
     per_position = size * (2 * residuals + 3 * cache + block) + masks
     per_token = config.vocab_size * (2 * size + 3 * torch.float32.itemsize)

@@ -1,15 +1,15 @@
-"""Other people's speech LLMs: loaded from the hub or a folder, and asked to transcribe.
+"""Other people's models: loaded from the hub or a folder, and asked to transcribe or to copy.
 
-Each class's own feature extractor makes what it hears; the words around come from its tokenizer's
-chat template. Of a class melprobe must know both (`LISTENING`, here) and which positions are speech
-(`melprobe.hooks.anatomy.KNOWN`). docs/other-models.md shows how another is added.
+A speech LLM's own feature extractor makes what it hears; the words around come from its
+tokenizer's chat template. Of its class melprobe must know both (`LISTENING`, here) and which
+positions are speech (`melprobe.hooks.anatomy.KNOWN`). docs/other-models.md shows how another is
+added. A plain language model of any class of transformers is given a text to copy.
 
-All of this was tested on random weights of each class, none of it yet on trained ones.
+Speech LLMs were tested on random weights of each class, none of it yet on trained ones.
 """
 
 import hashlib
 import math
-import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
+    AutoModelForCausalLM,
     AutoModelForMultimodalLM,
     AutoTokenizer,
     BatchFeature,
@@ -29,9 +30,11 @@ from transformers import (
 
 from melprobe.audio.load import SAMPLE_RATE
 from melprobe.errors import UsageError
-from melprobe.hooks.anatomy import KNOWN, Anatomy
+from melprobe.hooks.anatomy import KNOWN, Anatomy, only_reads
+from melprobe.hooks.layers import decoder_blocks
+from melprobe.model.chat import chat, text_prompts, tokens
 from melprobe.model.config import token_ids_only
-from melprobe.model.prompts import ClipPrompts, Wave
+from melprobe.model.prompts import ClipPrompts, Given, Prompts, Wave
 from melprobe.wheels import file_sha256
 
 Heard = tuple[dict[str, Any], list[int]]
@@ -157,8 +160,8 @@ class OtherProcessor(ClipPrompts):
         self.audio_token_id = speech.audio_token_id
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         self.before, self.after, end = self._words()
-        self._before, self._after = self._tokens(self.before), self._tokens(self.after)
-        ends = self._tokens(end)
+        self._around = (tokens(tokenizer, self.before), tokens(tokenizer, self.after))
+        ends = tokens(tokenizer, end)
         self._end_id = ends[0] if ends else tokenizer.eos_token_id
 
     @property
@@ -178,14 +181,15 @@ class OtherProcessor(ClipPrompts):
         inputs, counts = self.listening.hear(self.feature_extractor, audio)
         return BatchFeature(inputs), counts
 
-    def positions_of(self, n_samples: int) -> int:
-        seconds = n_samples / SAMPLE_RATE
+    @property
+    def around(self) -> tuple[list[int], list[int]]:
+        return self._around
+
+    def positions_of(self, given: Given) -> int:
+        seconds = len(given) / SAMPLE_RATE
         if step := self.listening.padded_to:
             seconds = math.ceil(seconds / step) * step
         return math.ceil(seconds / self.speech.seconds) + 2  # windows round up
-
-    def _around(self, middle: list[int]) -> list[int]:
-        return [*self._before, *middle, *self._after]
 
     def _words(self) -> tuple[str, str, str]:
         """Text before and after the audio, and what ends an answer."""
@@ -206,37 +210,20 @@ class OtherProcessor(ClipPrompts):
         said = [{"type": "text", "text": asked.ask}] if asked.ask else []
         heard: Any = [{"type": "audio"}, *said]
         try:
-            text = self._chat(heard, "")
+            text = chat(tokenizer, heard)
         except (TypeError, TemplateError):  # it takes no lists, such as Phi-4's
             text = ""
         if text.count(audio) != 1:  # a template for text alone
             heard = audio + asked.ask
-            text = self._chat(heard, "")
+            text = chat(tokenizer, heard)
         if text.count(audio) != 1:
             raise UsageError(
                 f"the model's chat template puts {text.count(audio)} audio tokens ({audio}) "
                 "where one clip is given"
             )
         before, after = text.split(audio)
-        answered = self._chat(heard, "ANSWER").partition("ANSWER")[2]
+        answered = chat(tokenizer, heard, "ANSWER").partition("ANSWER")[2]
         return before + opening, closing + after + asked.answer, answered.lstrip()
-
-    def _tokens(self, text: str) -> list[int]:
-        """Ids of a prompt's text; Mistral's tokenizer doesn't read its markup as tokens."""
-        ids: list[Any] = []
-        for piece in re.split(r"(<[^<>\s]+>|\[/?[A-Z_]+\])", text):
-            token = self.tokenizer.convert_tokens_to_ids(piece) if piece else None
-            known = piece[:1] in "<[" and token not in (None, self.tokenizer.unk_token_id)
-            ids += [token] if known else self._encode(piece)
-        return ids
-
-    def _chat(self, content: Any, answer: str) -> str:
-        turns = [{"role": "user", "content": content}]
-        if answer:
-            turns.append({"role": "assistant", "content": answer})
-        return self.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=not answer
-        )
 
 
 def load_other(
@@ -245,28 +232,34 @@ def load_other(
     dtype: torch.dtype,
     device: torch.device | None = None,
     device_map: str | None = None,
-) -> tuple[PreTrainedModel, OtherProcessor]:
-    """A speech LLM by hub id or folder, in eval mode, with what asks it.
+) -> tuple[PreTrainedModel, Prompts]:
+    """A speech LLM, or a plain one, by hub id or folder, in eval mode, with what asks it.
 
     device_map: as in transformers, in place of `device`, for a model that one device can't hold.
     Raises UsageError for a class that has no adapter, and for what isn't there.
     """
     config = read_other_config(name)
-    kind = config.model_type
+    plain = only_reads(config)
     try:
-        model, found = AutoModelForMultimodalLM.from_pretrained(
+        model, found = _auto_class(config).from_pretrained(
             name, dtype=dtype, device_map=device_map, output_loading_info=True
         )
-        extractor = AutoFeatureExtractor.from_pretrained(name)
+        extractor = None if plain else AutoFeatureExtractor.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ImportError, ValueError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"--model {name}: {' '.join(str(error).split())}") from None
     if missing := sorted(found["missing_keys"]):  # they were drawn at random
         raise UsageError(f"--model {name}: {len(missing)} tensors are missing: {missing[0]} …")
+    decoder_blocks(model)  # what keeps them elsewhere can't be cut
     if device is not None and device_map is None:
         model.to(device)
     model.generation_config = token_ids_only(model.generation_config)
-    processor = OtherProcessor(extractor, tokenizer, LISTENING[kind], KNOWN[kind](config))
+    processor: Prompts
+    if plain:
+        processor = text_prompts(tokenizer)
+    else:
+        kind = config.model_type
+        processor = OtherProcessor(extractor, tokenizer, LISTENING[kind], KNOWN[kind](config))
     ends = model.generation_config.eos_token_id
     known = ends if isinstance(ends, list) else [ends]
     if processor.end_id not in known:  # the end of its turn ends a transcript
@@ -275,8 +268,15 @@ def load_other(
     return model.eval(), processor
 
 
+def _auto_class(config: Any) -> Any:
+    return AutoModelForCausalLM if only_reads(config) else AutoModelForMultimodalLM
+
+
 def read_other_config(name: str) -> Any:
-    """A speech LLM's configuration; UsageError where there is none, or no adapter for it."""
+    """A speech LLM's configuration, or a plain one's.
+
+    UsageError where there is none, or no adapter for it.
+    """
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -286,10 +286,11 @@ def read_other_config(name: str) -> Any:
         ) from None
     if config.model_type == "mel_llm":
         raise UsageError(f"--model {name}: it was trained here; name it by --checkpoint")
-    if config.model_type not in LISTENING:
+    if config.model_type not in LISTENING and not only_reads(config):
         raise UsageError(
             f"--model {name}: {config.model_type} has no adapter; there are "
-            f"{', '.join(LISTENING)}. docs/other-models.md shows what one needs"
+            f"{', '.join(LISTENING)}, and plain language models. docs/other-models.md shows what "
+            "one needs"
         )
     return config
 
@@ -309,6 +310,6 @@ def weights_gb(name: str, dtype: torch.dtype) -> tuple[float, float]:
     """Parameters in billions and what they take in GB, counted without loading them."""
     config = read_other_config(name)
     with torch.device("meta"):
-        model = AutoModelForMultimodalLM.from_config(config)
+        model = _auto_class(config).from_config(config)
     n = sum(parameter.numel() for parameter in model.parameters())
     return n / 1e9, n * dtype.itemsize / 1e9

@@ -28,7 +28,7 @@ from melprobe.audio.patches import patch_count
 from melprobe.hooks.anatomy import KNOWN, Anatomy
 from melprobe.model.adapter import ADAPTER
 from melprobe.model.config import MelLLMConfig
-from melprobe.model.prompts import ClipPrompts, Wave
+from melprobe.model.prompts import ClipPrompts, Given, Wave
 
 AUDIO_TOKEN = "<|audio|>"
 
@@ -162,12 +162,13 @@ class MelLLMProcessor(ClipPrompts, ProcessorMixin):
         frames = made["feature_attention_mask"].sum(1).tolist()
         return made, [patch_count(n, self.frames_per_patch) for n in frames]
 
-    def positions_of(self, n_samples: int) -> int:
-        return patch_count(frame_count(n_samples), self.frames_per_patch)
+    def positions_of(self, given: Given) -> int:
+        return patch_count(frame_count(len(given)), self.frames_per_patch)
 
-    def _around(self, middle: list[int]) -> list[int]:
+    @property
+    def around(self) -> tuple[list[int], list[int]]:
         before, after = self._encode(self.before), self._encode(self.after)
-        return [self.tokenizer.bos_token_id, *before, *middle, *after]
+        return [self.tokenizer.bos_token_id, *before], after
 
 
 AutoFeatureExtractor.register(MelLLMConfig, MelLLMFeatureExtractor)

@@ -24,7 +24,6 @@ MOST_AUDIO_BYTES = 4_500_000
 """of FLAC over all players: base64 adds a third, and the page stays under 8 MB"""
 MOST_WORDS = 40
 """shown of one transcript; a loop can run to hundreds"""
-LABELS = {"intact": "intact", "swapped": "other clip"}
 
 
 class Run(NamedTuple):
@@ -48,12 +47,12 @@ class Transcript:
 
 @dataclass(frozen=True)
 class Example:
-    """One utterance: its clip, what was said, and what was heard under each condition."""
+    """One utterance: its clip, what was said, and what was written under each condition."""
 
     utterance: str
     reference: str
     audio: str | None
-    """base64 FLAC; None when the clip isn't there or the page would grow too large"""
+    """base64 FLAC; None when none was kept or the page would grow too large"""
     transcripts: list[Transcript]
 
 
@@ -98,7 +97,7 @@ def examples(run_dir: Path, results: Results, rows: pd.DataFrame) -> list[Exampl
 
 def _label(results: Results, condition: str, layer: str) -> str:
     if not layer:
-        return LABELS[condition]
+        return f"other {reading.medium(results).one}" if condition == "swapped" else condition
     return f"{reading.cut(results).verb} {label_text(layer)}"
 
 

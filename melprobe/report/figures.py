@@ -71,7 +71,7 @@ def damage(results: Results, figure: Figure, narrow: bool) -> None:
     _zone(ax, low, margin)
     ax.axhline(1, **DASHED, zorder=1)
     above = ((-2, 4), ax.get_yaxis_transform(), "offset points")
-    ax.annotate("as if deaf", (1, 1), *above, ha="right", zorder=6)
+    ax.annotate(_as_if(results), (1, 1), *above, ha="right", zorder=6)
     _marks(ax, xs, [x["damage"] for x in layers], [x["damage_ci"] for x in layers], results)
     # The same marks in nat: d is ΔNLL over the gap, so this axis only relabels the other.
     nat = ax.twinx()
@@ -195,7 +195,7 @@ def scale(results: Results, figure: Figure, narrow: bool) -> None:
     top.axvspan(left, margin, color=COLOURS["zone"], linewidth=0, zorder=0)
     note = f"margin {margin:g}"
     top.annotate(note, (margin, -0.9), (5, 0), textcoords="offset points", color=COLOURS["muted"])
-    for x, label, shift, side in ((0, "intact", 6, "left"), (1, "as if deaf", -6, "right")):
+    for x, label, shift, side in ((0, "intact", 6, "left"), (1, _as_if(results), -6, "right")):
         top.axvline(x, **DASHED, zorder=1)
         top.annotate(label, (x, 0.7), (shift, 0), textcoords="offset points", ha=side)
     kind = reading.outcome(layer, margin)
@@ -208,11 +208,15 @@ def scale(results: Results, figure: Figure, narrow: bool) -> None:
     deaf = 100 * results["gate"]["wer_swapped"]
     bottom.barh(2, deaf, 0.56, facecolor="none", edgecolor=COLOURS["muted"], linewidth=1)
     changed = f"{reading.cut(results).verb} {label_text(layer['layer'])}"
-    bottom.set_yticks([0, 1, 2], ["intact", changed, "other clip"])
+    bottom.set_yticks([0, 1, 2], ["intact", changed, f"other {reading.medium(results).one}"])
     bottom.invert_yaxis()
     bottom.spines["left"].set_visible(False)
     bottom.tick_params(axis="y", length=0, labelcolor=COLOURS["ink"])
     _legend(figure, bottom, narrow)
+
+
+def _as_if(results: Results) -> str:
+    return f"as if {reading.medium(results).deaf}"
 
 
 PAINTERS = {

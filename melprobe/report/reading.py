@@ -107,6 +107,48 @@ HEADS = {
 }
 
 
+class Medium(NamedTuple):
+    """What the model was given, as a report speaks of it."""
+
+    one: str
+    right: str
+    """Being given what belongs to the answer."""
+    deaf: str
+    """What a model is like that was given another one."""
+    answer: str
+    gate: str
+    does: str
+    """What the gate asks of the model."""
+    passed: str
+    failed: str
+
+
+AUDIO = Medium(
+    one="clip",
+    right="hearing the right clip",
+    deaf="deaf",
+    answer="transcript",
+    gate="listening",
+    does="listen",
+    passed="The model listens: its answers depend on the clip that it hears.",
+    failed="A deaf model makes every layer look dispensable, because its text prior answers.",
+)
+TEXT = Medium(
+    one="text",
+    right="reading the right text",
+    deaf="reading another text",
+    answer="copy",
+    gate="reading",
+    does="copy",
+    passed="The model copies: its answers depend on the text that it reads.",
+    failed="Where answers don’t depend on the text that is read, every layer looks dispensable.",
+)
+
+
+def medium(results: Results) -> Medium:
+    return TEXT if results["question"]["copy_text"] else AUDIO
+
+
 def cut(results: Results) -> Cut:
     question = results["question"]
     if question["cut"] == "no-head":
@@ -162,15 +204,16 @@ def headline(results: Results) -> str:
     if not gate["passed"]:
         gap = gate["nll_gap_ci"]
         worth = f"at least {number(gap[0])}" if gap else "an unknown number of"
+        given = medium(results)
         return (
             f"No claim about layers is made: {results['checkpoint']['name']} did not pass the "
-            f"listening gate (hearing the right clip is worth {worth} nat per token, and the word "
-            f"error rate on swapped audio is {percent(gate['wer_swapped'])})."
+            f"{given.gate} gate ({given.right} is worth {worth} nat per token, and the word error "
+            f"rate with another {given.one} is {percent(gate['wer_swapped'])})."
         )
     if not results["layers"]:
         return f"No block was {cut(results).done}, so there is nothing to say of layers yet."
     if not series(results):
-        return _set_headline(results["layers"][0], cut(results), where, margin)
+        return _set_headline(results, where, margin)
     if series(results) in {*SERIES, EACH_HEAD}:
         return _series_headline(results)
     if results["question"]["cut"] == "patch":
@@ -187,7 +230,7 @@ def headline(results: Results) -> str:
             f"no band lies on one side of the margin {equals(margin)}"
         ]
     else:
-        parts = _costly(groups["costly"], where, margin)
+        parts = _costly(groups["costly"], where, margin, medium(results).deaf)
         parts += _rest(groups, cut(results), where, margin)
     if groups["built-in"]:
         verb = "cost" if len(groups["built-in"]) > 1 else "costs"
@@ -237,8 +280,9 @@ def _patch_headline(layers: Sequence[Layer], where: str, margin: float) -> str:
     return sentence("; ".join(parts)) + "."
 
 
-def _set_headline(layer: Layer, how: Cut, where: str, margin: float) -> str:
-    skipped = sentence(f"{how.ing} {names([layer])} {where}")
+def _set_headline(results: Results, where: str, margin: float) -> str:
+    layer = results["layers"][0]
+    skipped = sentence(f"{cut(results).ing} {names([layer])} {where}")
     if layer["zero_by_construction"]:
         return f"{skipped} costs nothing by construction, which is no finding."
     if layer["damage_ci"] is None:
@@ -250,8 +294,8 @@ def _set_headline(layer: Layer, how: Cut, where: str, margin: float) -> str:
     }[outcome(layer, margin)]
     return (
         f"{skipped} takes the model {number(layer['damage'])} {interval(layer['damage_ci'])} of "
-        f"the way from intact (0) to deaf (1), {says}; the word error rate moves by "
-        f"{points(layer['delta_wer'])} points to {percent(layer['wer'])}."
+        f"the way from intact (0) to {medium(results).deaf} (1), {says}; the word error rate moves "
+        f"by {points(layer['delta_wer'])} points to {percent(layer['wer'])}."
     )
 
 
@@ -312,12 +356,12 @@ def _pick(layer: Layer, margin: float) -> str:
     )
 
 
-def _costly(costly: Sequence[Layer], where: str, margin: float) -> list[str]:
+def _costly(costly: Sequence[Layer], where: str, margin: float, deaf: str) -> list[str]:
     if not costly:
         return []
     top = costly[:3]
     values = listing([number(layer["damage"]) for layer in top])
-    scale = f"{equals(values)} on a scale from 0, intact, to 1, deaf"
+    scale = f"{equals(values)} on a scale from 0, intact, to 1, {deaf}"
     if len(costly) > len(top):
         return [
             f"{sentence(where)} {len(costly)} blocks each cost more than the margin of "

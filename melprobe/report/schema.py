@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 
 from melprobe.errors import UsageError
 
-SCHEMA = 4
+SCHEMA = 5
 Interval = tuple[FiniteFloat, FiniteFloat]
 CutName = Literal[
     "skip",
@@ -41,6 +41,9 @@ class Question(TypedDict):
     """what stands in the place of a part that is taken out, or of a residual that is patched"""
     source_noise_db: float
     """of a patch by noise: how far below the clip that is"""
+    copy_text: bool
+    """whether the words of the clips were given as text, to be copied, and no audio was heard;
+    "swapped" is then another clip's text"""
     layers: str
     """"each block in turn", "windows:4", "prefixes", "suffixes", "greedy", "picks:4", or a set such
     as "3,5-8" """
@@ -51,7 +54,8 @@ class Checkpoint(TypedDict):
     sha256: str
     base: str
     front: str
-    token_rate_hz: float
+    token_rate_hz: float | None
+    """speech positions a second; None of a model that hears nothing"""
     n_layers: int
     trained_on: list[str]
     targets_after: list[int]
@@ -63,12 +67,14 @@ class Data(TypedDict):
     name: str
     n_utterances: int
     n_speakers: int
-    seconds: float
+    """0 where they are unknown, or text was read"""
+    seconds: float | None
+    """of audio; None where text was read"""
     sha256: str
     note: str
     """one line: what this data set can and can't show"""
     left_out: list[str]
-    """one line for each recording that could not be used"""
+    """one line for each recording or text that could not be used"""
 
 
 class Choice(TypedDict):
@@ -89,8 +95,8 @@ class Baseline(TypedDict):
     deletions: int
     insertions: int
     reference_words: int
-    rtfx: float
-    """seconds of audio transcribed a second"""
+    rtfx: float | None
+    """seconds of audio transcribed a second; None where text was read"""
 
 
 class Gate(TypedDict):

@@ -26,40 +26,44 @@ class Caption(NamedTuple):
     alt: str
 
 
+def copies(results: Results) -> bool:
+    """Whether text was read and not audio heard."""
+    return results["question"]["copy_text"]
+
+
 def title(results: Results) -> str:
     if reading.series(results) == reading.EACH_HEAD:
-        return "Which heads listen?"
+        return "Which heads copy text?" if copies(results) else "Which heads listen?"
     if reading.series(results):
-        return "Which layers listen?"
+        return "Which layers copy text?" if copies(results) else "Which layers listen?"
     return f"Can {names(results['layers'])} be {reading.cut(results).done}?"
 
 
 EFFECTS = {
     "skip": "what stands there passes by unchanged, can still be read from elsewhere, and stays "
-    "skipped in every step of the answer. If the transcript suffers, what was skipped was needed.",
+    "skipped in every step of the answer. If the {answer} suffers, what was skipped was needed.",
     "knock-out": "what stands there is worked on as ever, but nothing that stands elsewhere reads "
-    "it there, in any step of the answer. If the transcript suffers, reading there was needed.",
+    "it there, in any step of the answer. If the {answer} suffers, reading there was needed.",
     "bypass": "what stands there passes by unchanged, and nothing that stands elsewhere reads it "
-    "there, in any step of the answer. If the transcript suffers, the block was needed, to work on "
+    "there, in any step of the answer. If the {answer} suffers, the block was needed, to work on "
     "what stands there or to read it.",
-    "no-attention": "what attention adds to the residual there {}. If the transcript suffers, "
+    "no-attention": "what attention adds to the residual there {instead}. If the {answer} suffers, "
     "that was needed.",
-    "no-mlp": "what the MLP adds to the residual there {}. If the transcript suffers, that was "
-    "needed.",
-    "no-head": "what a head of attention adds to the residual there {}. If the transcript suffers, "
-    "that was needed.",
-    "patch": "what enters the block there is exchanged for what enters it when the model hears {}. "
-    "Blocks below have read the right clip. If the transcript suffers, this block or one above it "
-    "still reads what stands there.",
+    "no-mlp": "what the MLP adds to the residual there {instead}. If the {answer} suffers, that "
+    "was needed.",
+    "no-head": "what a head of attention adds to the residual there {instead}. If the {answer} "
+    "suffers, that was needed.",
+    "patch": "what enters the block there is exchanged for what enters it when the model hears "
+    "{instead}. Blocks below have read the right clip. If the {answer} suffers, this block or one "
+    "above it still reads what stands there.",
     "without-lora": "it then works there as the base model’s block, as it was before speech "
-    "training. If the "
-    "transcript suffers, what the training changed there was needed. It does not say what training "
-    "without LoRA there would give: other blocks could then have made up for it.",
+    "training. If the {answer} suffers, what the training changed there was needed. It does not "
+    "say what training without LoRA there would give: other blocks could then have made up for it.",
 }
 INSTEAD = {
     "": "",
     "zero": "is left out",
-    "mean": "gives way to its mean over all clips, which keeps what it adds to each alike and "
+    "mean": "gives way to its mean over all utterances, which keeps what it adds to each alike and "
     "takes away what it says of this one",
     "resample": "gives way to what it adds to another clip of like length",
 }
@@ -81,9 +85,14 @@ PLACES = {
 }
 
 
+TEXT_PLACES = PLACES | {
+    "prompt": "at the positions of the prompt, the text among them, and there only",
+}
+
+
 def question(results: Results) -> str:
     """What was asked, for somebody who has not read the design."""
-    checkpoint, done = results["checkpoint"], reading.cut(results).done
+    done = reading.cut(results).done
     name, _, times = results["question"]["positions"].partition(":")
     when = f" from {times.replace('-', ' to ')} s" if times else ""
     series = reading.series(results)
@@ -96,20 +105,31 @@ def question(results: Results) -> str:
     if not series:
         who = names(results["layers"])
         what = f"{who} are {done} together" if who.startswith("blocks") else f"{who} is {done}"
-    effect = EFFECTS[results["question"]["cut"]].format(instead(results))
+    given = reading.medium(results)
+    effect = EFFECTS[results["question"]["cut"]].format(
+        instead=instead(results), answer=given.answer
+    )
     if readers := results["question"]["readers"]:
         who = f"{places(readers)} don’t read"
         effect = effect.replace("nothing that stands elsewhere reads", who)
-    ours = checkpoint["front"] in ("linear", "conv")
-    patches = "patches of log-mel spectrogram" if ours else "speech positions"
     if beyond := results["question"]["beyond"]:
         effect = effect.replace("it there", f"it there more than {beyond:g} s later")
-    return (
-        f"{checkpoint['name']} reads {checkpoint['token_rate_hz']:.3g} {patches} a second with the "
-        f"{checkpoint['n_layers']} blocks of a language model. "
-        f"Here {what} {PLACES[name].format(when)}: "
-        f"{effect}"
-    )
+    where = TEXT_PLACES if copies(results) else PLACES
+    return f"{_task(results)} Here {what} {where[name].format(when)}: {effect}"
+
+
+def _task(results: Results) -> str:
+    """What the model does, in a sentence."""
+    checkpoint = results["checkpoint"]
+    name, blocks = checkpoint["name"], f"the {checkpoint['n_layers']} blocks of a language model"
+    if copies(results):
+        return (
+            f"{name} is given the words of a clip as text and is to write them once more, with "
+            f"{blocks}: the control that tells what serves speech from what serves any text."
+        )
+    ours = checkpoint["front"] in ("linear", "conv")
+    patches = "patches of log-mel spectrogram" if ours else "speech positions"
+    return f"{name} reads {checkpoint['token_rate_hz']:.3g} {patches} a second with {blocks}."
 
 
 def _of_blocks(results: Results) -> str:
@@ -131,6 +151,8 @@ def instead(results: Results) -> str:
 
 def sample(results: Results) -> str:
     """ "30 utterances of 1 speaker"; without the speakers where the data names none"""
+    if copies(results):
+        return f"{results['n_utterances']} texts"
     speakers = results["data"]["n_speakers"]
     of = f" of {speakers} speaker{'s' if speakers > 1 else ''}" if speakers else ""
     return f"{results['n_utterances']} utterances{of}"
@@ -146,10 +168,11 @@ def damage(results: Results) -> Caption:
     title = "What each block is worth" if each else "What blocks are worth together"
     if each and results["question"]["cut"] == "patch":
         title = "What is still read from each block on"
+    deaf = "reads another text" if copies(results) else "hears another clip"
     return Caption(
         title,
         f"Normalised damage d of {ing} {what} {place(results)}: 0 is the intact model, 1 a "
-        f"model that hears another clip instead. Below {margin:g}, the shaded margin, the scale is "
+        f"model that {deaf} instead. Below {margin:g}, the shaded margin, the scale is "
         f"linear, above it logarithmic. Lines are simultaneous 95 % bands over all {marks} "
         f"(n = {sample(results)}).{_built_in(results)}",
         f"Damage of {ing} each of {len(layers)} {marks}, with bands. Largest: {top}. "
@@ -208,17 +231,18 @@ def similarity(results: Results) -> Caption:
 
 def scale(results: Results) -> Caption:
     layer, baseline = results["layers"][0], results["baseline"]
-    who, cut = names([layer]), reading.cut(results)
+    who, cut, given = names([layer]), reading.cut(results), reading.medium(results)
+    other = f"another {given.one}"
     return Caption(
-        "Between intact and deaf",
+        f"Between intact and {given.deaf}",
         f"Above: normalised damage d of {cut.ing} {who} {place(results)}, with its 95 % interval; "
         f"the margin of {results['margin']['damage']:g} is shaded. Below: what the errors are, "
-        "beside the total when the model hears another clip (outlined) "
+        f"beside the total with {other} (outlined) "
         f"(n = {sample(results)}, {baseline['reference_words']} reference words).",
         f"Damage of {cut.ing} {who}: {number(layer['damage'])} {interval(layer['damage_ci'])} "
-        f"between intact, 0, and deaf, 1. Word error rate {percent(baseline['wer'])} intact, "
-        f"{percent(layer['wer'])} ({points(layer['delta_wer'])} points) with {who} {cut.done}, "
-        f"{percent(results['gate']['wer_swapped'])} on swapped audio.",
+        f"between intact, 0, and {given.deaf}, 1. Word error rate {percent(baseline['wer'])} "
+        f"intact, {percent(layer['wer'])} ({points(layer['delta_wer'])} points) with {who} "
+        f"{cut.done}, {percent(results['gate']['wer_swapped'])} with {other}.",
     )
 
 

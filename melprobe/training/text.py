@@ -19,9 +19,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from melprobe.corpus.sentences import read_sentences, word_sequences
 from melprobe.corpus.text import plain_text
 from melprobe.errors import UsageError
+from melprobe.model.chat import ANSWER
 from melprobe.training.recipe import TextRecipe
 
-BOS, EOS, ANSWER = "<|bos|>", "<|eos|>", "<|answer|>"
+BOS, EOS = "<|bos|>", "<|eos|>"
 _DEV_SENTENCES = 256
 
 
