@@ -154,3 +154,22 @@ def test_a_start_that_does_not_fit_is_one_line(folder, place):
     with pytest.raises(ValueError, match="name one"):
         start = str(folder / "model")
         recipe(folder, place, "f", model={"init": start}, lora={"init": start})
+
+
+def test_some_batches_copy_texts_instead_of_hearing(folder, place):
+    made = recipe(folder, place, "copies", steps=12)
+    data = made.data.model_copy(update={"copy_share": 0.5})
+    made = made.model_copy(update={"data": data, "log_every": 1})
+    log = fit(SpeechTask(made), made, torch.device("cpu"))
+    kinds = ["copied" in line for line in log if "train_loss" in line]
+    assert len(kinds) == 12 and 3 <= sum(kinds) <= 9
+    assert "nll" in log[kinds.index(False)] and any("nll_copied" in name for name in log[-1])
+    again = SpeechTask(made)
+    copies = ["input_features" not in batch for _, batch in again.batches(4)]
+    assert copies == kinds[4:]  # whatever step it begins at
+    _, batch = next((s, b) for s, b in again.batches(0) if "input_features" not in b)
+    row, mask = batch["input_ids"][0], batch["labels"][0] != -100
+    text = again.processor.decode(row[mask])
+    assert row[~mask & batch["attention_mask"][0].bool()].tolist() == (
+        again.processor.text_prompt(text)
+    )

@@ -193,6 +193,7 @@ class SpeechBatches(Dataset[tuple[int, BatchFeature]]):
         self,
         clips: list[Clip],
         processor: MelLLMProcessor,
+        data: Data,
         augment: Augment,
         seed: int,
         *,
@@ -201,6 +202,7 @@ class SpeechBatches(Dataset[tuple[int, BatchFeature]]):
     ):
         self.by_id = {clip.id: clip for clip in clips}
         self.processor = processor
+        self.data = data
         self.augment = augment
         self.seed = seed
         self.frames = frames
@@ -210,8 +212,10 @@ class SpeechBatches(Dataset[tuple[int, BatchFeature]]):
         step, ids = key
         rng = np.random.default_rng([self.seed, step])
         chosen = [self.by_id[i] for i in ids]
-        waves, speeds = zip(*(self._change(clip.wave(), rng) for clip in chosen), strict=True)
         texts = [plain_text(clip.text) for clip in chosen]
+        if self._copies(step):
+            return step, self.processor.reading()(texts, texts, pad_to_multiple_of=LENGTH_STEP)
+        waves, speeds = zip(*(self._change(clip.wave(), rng) for clip in chosen), strict=True)
         batch = self.processor(waves, texts, pad_to_multiple_of=LENGTH_STEP)
         mel = batch["input_features"]
         if self.augment.frequency_warp != (1.0, 1.0):
@@ -232,6 +236,11 @@ class SpeechBatches(Dataset[tuple[int, BatchFeature]]):
         if self.teacher:
             batch.update(teacher_inputs(self.teacher, waves))
         return step, batch
+
+    def _copies(self, step: int) -> bool:
+        """Whether this step's texts are read; drawn apart from what changes the clips."""
+        drawn = np.random.default_rng([self.seed, step, 1]).random()
+        return self.data.stage_at(step).learn == "text" and drawn < self.data.copy_share
 
     def _change(self, wave: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, float]:
         """The wave as training hears it, and how much faster it is."""

@@ -139,6 +139,18 @@ class Data(_Strict):
     dev_clips: Annotated[int, Field(ge=1)] = 48
     """Clips taken from each dev manifest, spread evenly."""
     workers: Annotated[int, Field(ge=0)] = 1
+    copy_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of the batches that learn text: those that copy the transcripts, read where the clips would
+    be heard. Without any a decoder soon can't copy, and how it reads is no control for how it
+    hears."""
+
+    def stage_at(self, step: int) -> Stage:
+        """The stage that batch number `step` belongs to."""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage
+            step -= stage.steps
+        return self.stages[-1]
 
 
 class CTC(_Strict):
@@ -288,14 +300,6 @@ class SpeechRecipe(_Run):
             if stage.learn != "text" and not self.frames:
                 raise ValueError(f"a stage learns {stage.learn}, but the recipe has no `frames`")
         return self
-
-    def stage_at(self, step: int) -> Stage:
-        """The stage that batch number `step` belongs to."""
-        for stage in self.data.stages:
-            if step < stage.steps:
-                return stage
-            step -= stage.steps
-        return self.data.stages[-1]
 
 
 class TextRecipe(_Run):

@@ -96,6 +96,7 @@ class SpeechTask:
         batches = SpeechBatches(
             self.clips,
             self.processor,
+            recipe.data,
             recipe.augment,
             recipe.seed,
             frames=recipe.frames is not None,
@@ -105,7 +106,7 @@ class SpeechTask:
 
     def losses(self, model: Any, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """Next-token loss of the answers, and beside it what else the recipe asks."""
-        recipe, stage = self.recipe, self.recipe.stage_at(step)
+        recipe, stage = self.recipe, self.recipe.data.stage_at(step)
         learn = stage.learn
         self._let_learn(stage.train)
         targets = {key: batch.pop(key) for key in list(batch) if key.endswith("_targets")}
@@ -114,6 +115,9 @@ class SpeechTask:
             batch = self.frames.run(model, batch, learn)
             losses = self.frames(batch, targets, tokens=learn == "tokens")
             return {"train_loss": losses.pop("frames"), **losses}
+        if "input_features" not in batch:
+            copied = model(**batch).loss
+            return {"train_loss": copied, "copied": copied}
         losses = {"nll": model(**batch).loss}
         total = losses["nll"]
         if recipe.ctc and step < recipe.ctc.steps:
@@ -149,7 +153,7 @@ class SpeechTask:
             for name, clips in self.dev.items():
                 right = self._frames_right(clips)
                 measured |= {f"{name}:{key}": value for key, value in right.items()}
-        if self.recipe.stage_at(step).learn != "text":
+        if self.recipe.data.stage_at(step).learn != "text":
             return measured
         losses = []
         for name, clips in self.dev.items():
@@ -165,6 +169,9 @@ class SpeechTask:
             measured[f"{name}:nll"] = losses[-1]
             measured[f"{name}:nll_swapped"] = (swapped.nll.sum() / tokens).item()
             measured[f"{name}:wer"] = corpus_wer(errors)
+            if self.recipe.data.copy_share:
+                read = answer_scores(self.model, self.processor.reading(), targets, targets)
+                measured[f"{name}:nll_copied"] = (read.nll.sum() / tokens).item()
         return {"dev_loss": sum(losses) / len(losses), **measured}
 
     @torch.no_grad()
