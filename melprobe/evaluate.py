@@ -3,12 +3,14 @@
 Rows first (JSON lines, the fields of the Open ASR Leaderboard), scores from the rows. Beside the
 WER stand the WER when each clip's audio is swapped for another's (a model that hears should fail
 there) and the WER of answering with the nearest training transcript (what memory alone could do,
-choosing with the reference in hand). `--versus` adds another model on the same clips;
+choosing with the reference in hand). `--versus` adds another model on the same clips; `--suite
+open-asr` takes the leaderboard's sets in place of a manifest.
 """
 
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from melprobe.analysis.wer import corpus_wer, normalise
 from melprobe.audio.load import load_usable
 from melprobe.corpus.manifest import find_manifest, read_manifest
 from melprobe.errors import Parser, UsageError, check_writable, run
-from melprobe.evaluation import versus
+from melprobe.evaluation import suite, versus
 from melprobe.evaluation.controls import (
     nearest_wer,
     partners_or_none,
@@ -29,6 +31,7 @@ from melprobe.evaluation.controls import (
     training_texts,
 )
 from melprobe.evaluation.hearing import leave_out_unheard, open_listener, transcriber
+from melprobe.evaluation.open_asr import GENERATIONS, LATEST
 from melprobe.evaluation.rows import (
     Batched,
     by_speaker,
@@ -44,7 +47,11 @@ from melprobe.model.whisper import JUDGE
 def main(argv: Sequence[str] | None = None) -> None:
     """Transcribe a manifest or a suite, write the rows, print the scores."""
     p = Parser(prog="python -m melprobe.evaluate", description=__doc__)
-    p.add_argument("manifest", help="path, or name like builtin/test")
+    p.add_argument("manifest", nargs="?", help="path, or name like builtin/test")
+    p.add_argument("--suite", choices=("open-asr",), help="the leaderboard's sets, and ours")
+    p.add_argument(
+        "--generation", choices=GENERATIONS, help=f"the suite's sets of that year ({LATEST})"
+    )
     p.add_argument(
         "--checkpoint", default=DEFAULT, help=f"name or folder, or {JUDGE} as the ceiling"
     )
@@ -60,9 +67,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = p.parse_args(argv)
     if not 0 < options.batch_seconds < math.inf:
         raise UsageError(f"--batch-seconds {options.batch_seconds}: take a number above 0")
+    if options.suite:
+        if options.manifest:
+            raise UsageError(f"--suite has sets of its own; leave {options.manifest} out")
+        if options.versus:
+            raise UsageError("--versus compares on a manifest; leave --suite out, or --versus")
+    elif options.generation:
+        raise UsageError("--generation is of a suite; add --suite open-asr")
+    elif not options.manifest:
+        raise UsageError("name a manifest, such as builtin/test, or give --suite open-asr")
     if options.out:
         check_writable(options.out, f"--out {options.out}")
-    evaluate(options)
+    if options.suite:
+        suite.evaluate(options)
+    else:
+        evaluate(options)
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -138,7 +157,7 @@ def _refuse_other_results(out: Path, manifest: str, checkpoint: str) -> None:
         return
     try:
         old = json.loads(path.read_bytes())
-        there = (old["checkpoint"], old["manifest"])
+        there = (old["checkpoint"], old.get("manifest") or f"--suite {old['suite']}")
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(f"{path}: not a summary of evaluate's; take another --out") from None
     if there != (checkpoint, manifest):
@@ -147,4 +166,4 @@ def _refuse_other_results(out: Path, manifest: str, checkpoint: str) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, resumable={"--suite", "--out"} <= set(sys.argv))
