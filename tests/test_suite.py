@@ -10,6 +10,7 @@ import pytest
 import soundfile
 
 from melprobe import evaluate
+from melprobe.analysis import wer
 from melprobe.audio.load import BadAudio, load_wave
 from melprobe.errors import UsageError
 from melprobe.evaluation import hearing, suite
@@ -77,21 +78,21 @@ def their_scores(folder):
         model, of = re.fullmatch(r"MODEL_(.*?)_?DATASET_(.*)\.jsonl", path.name).groups()
         author, _, name = model.partition("-")
         rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        wer = jiwer.wer([row["text"] for row in rows], [row["pred_text"] for row in rows])
+        rate = jiwer.wer([row["text"] for row in rows], [row["pred_text"] for row in rows])
         audio, spent = (sum(row[field] for row in rows) for field in ("duration", "time"))
-        scores[f"{author}/{name} | {of}"] = (wer, audio / spent)
-    return scores, np.mean([wer for wer, _ in scores.values()])
+        scores[f"{author}/{name} | {of}"] = (rate, audio / spent)
+    return scores, np.mean([rate for rate, _ in scores.values()])
 
 
 def test_the_leaderboards_scorer_finds_the_same_in_our_rows(folder, hub, tmp_path, capsys):
     summary = run(folder, tmp_path / "out")
     scores, mean = their_scores(tmp_path / "out" / "open-asr")
     assert len(scores) == 2 and all(key.startswith("melprobe/") for key in scores)
-    for label, (wer, rtfx) in zip(TEXTS, scores.values(), strict=True):
+    for label, (rate, rtfx) in zip(TEXTS, scores.values(), strict=True):
         ours = summary["sets"][label]
-        assert ours["wer"] == pytest.approx(wer, abs=1e-9)
+        assert ours["wer"] == pytest.approx(rate, abs=1e-9)
         assert ours["rtfx"] == pytest.approx(rtfx, rel=1e-9)
-        assert ours["wer_ci"][0] <= wer <= ours["wer_ci"][1]
+        assert ours["wer_ci"][0] <= rate <= ours["wer_ci"][1]
     assert summary["mean"]["wer"] == pytest.approx(mean, abs=1e-9)
     assert (summary["mean"]["sets"], summary["mean"]["of"]) == (2, 4)
     assert list(summary["local"]) == ["builtin test"]
@@ -113,6 +114,21 @@ def test_rows_are_the_models_transcripts_of_what_counts(folder, hub, tmp_path):
     heard = load(str(folder / "model"), device="cpu").transcribe(sounds, hearing.answer_tokens(0.9))
     assert [row["pred_text"] for row in rows] == [normalise(text) for text in heard]
     assert [row["duration"] for row in rows] == [len(wave) / 16_000 for wave in sounds]
+
+
+def test_our_sets_are_scored_as_their_manifests_are(folder, hub, tmp_path, capsys):
+    summary = run(folder, tmp_path / "suite")
+    model = ("--checkpoint", str(folder / "model"), "--device", "cpu")
+    evaluate.main(["builtin/test", "--limit", "3", "--out", str(tmp_path / "alone"), *model])
+    alone = json.loads((tmp_path / "alone" / "summary.json").read_text())
+    ours = summary["local"]["builtin test"]
+    assert ours["reference_words"] == alone["reference_words"]
+    rows = [
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (tmp_path / "suite" / ours["rows"], tmp_path / "alone" / "rows.jsonl")
+    ]
+    assert [row["audio_filepath"] for row in rows[0]] == [row["audio_filepath"] for row in rows[1]]
+    assert [row["text"] for row in rows[0]] == [wer.normalise(row["text"]) for row in rows[1]]
 
 
 def test_complete_sets_are_not_transcribed_again(folder, hub, tmp_path, monkeypatch):

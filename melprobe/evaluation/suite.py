@@ -21,6 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from melprobe.analysis import wer
 from melprobe.analysis.protocol import choose
 from melprobe.audio.load import SAMPLE_RATE, BadAudio, load_utterance
 from melprobe.corpus.hub import NotReached, NotReadable, decode, stream
@@ -133,6 +134,7 @@ class SuiteRun:
     def _transcribe(self, test_set: SetName, progress: Progress) -> None:
         rows: list[Row] = []
         left_out: list[str] = []
+        rule = wer.normalise if test_set in LOCAL else normalise
         cut = done = 0
 
         def advance(count: int) -> None:
@@ -152,7 +154,7 @@ class SuiteRun:
                     "duration": len(clip.wave) / SAMPLE_RATE,
                     "time": spent,
                     "text": clip.reference,
-                    "pred_text": normalise(text),
+                    "pred_text": rule(text),
                 }
                 for clip, text, spent in zip(clips, heard, seconds, strict=True)
             ]
@@ -182,9 +184,9 @@ class SuiteRun:
             yield f"sample_{number}", normalise(row["text"]), partial(decode, row["audio"], where)
 
     def _local(self, test_set: SetName) -> Iterator[Unloaded]:
-        scored = [u for u in _utterances(test_set) if counts(normalise(u.text))]
-        for u in choose(scored, self.options.limit, self.options.seed):
-            yield u.id, normalise(u.text), partial(load_utterance, u)
+        """The same clips, and the same words in them, as `evaluate` on the manifest takes."""
+        for u in choose(_utterances(test_set), self.options.limit, self.options.seed):
+            yield u.id, wer.normalise(u.text), partial(load_utterance, u)
 
     def report(self) -> None:
         """Scores from the rows alone, into summary.json and tables."""
