@@ -60,7 +60,7 @@ def print_tables(summary: dict[str, Any]) -> None:
         if mean["sets"] < mean["of"] or limit:
             console.print("not the leaderboard's figure:", _missing(mean, limit))
     else:
-        console.print(f"{name}: none was reached")
+        console.print(f"{name}: none was reached", soft_wrap=True)
     if summary["local"]:
         console.print(_table("sets of this package, in no mean", summary["local"]))
     for label, note in summary["notes"].items():
@@ -95,5 +95,7 @@ def _table(title: str, sets: dict[str, Any]) -> Table:
 
 def _rates(found: dict[str, Any]) -> tuple[str, str, str]:
     ends = found["wer_ci"]
-    interval = f"{100 * ends[0]:.1f} to {100 * ends[1]:.1f}" if ends else "none"
+    interval = "none"
+    if ends and ends[0] < ends[1]:  # where all clips are alike, resampling knows no spread
+        interval = f"{100 * ends[0]:.1f} to {100 * ends[1]:.1f}"
     return f"{100 * found['wer']:.2f}", interval, f"{found['rtfx']:.1f}"
