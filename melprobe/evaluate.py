@@ -3,47 +3,60 @@
 Rows first (JSON lines, the fields of the Open ASR Leaderboard), scores from the rows. Beside the
 WER stand the WER when each clip's audio is swapped for another's (a model that hears should fail
 there) and the WER of answering with the nearest training transcript (what memory alone could do,
-choosing with the reference in hand).
+choosing with the reference in hand). `--versus` adds another model on the same clips; `--suite
+open-asr` takes the leaderboard's sets in place of a manifest.
 """
 
+import argparse
 import json
 import math
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from pydantic import ValidationError
-from rapidfuzz.distance import Levenshtein
-from rapidfuzz.process import extractOne
 from rich.console import Console
 from rich.progress import Progress
 
-from melprobe.analysis.protocol import answer_limit, choose, leave_out_too_long
-from melprobe.analysis.statistics import Bootstrap
-from melprobe.analysis.study import swap_partners
-from melprobe.analysis.wer import WordErrors, corpus_wer, count_errors, normalise
-from melprobe.audio.load import SAMPLE_RATE, load_usable
-from melprobe.corpus.manifest import Utterance, find_manifest, read_manifest
+from melprobe.analysis.protocol import choose
+from melprobe.analysis.wer import corpus_wer, normalise
+from melprobe.audio.load import load_usable
+from melprobe.corpus.manifest import find_manifest, read_manifest
 from melprobe.errors import Parser, UsageError, check_writable, run
-from melprobe.listener import Listener, load, pick_device
+from melprobe.evaluation import suite, versus
+from melprobe.evaluation.controls import (
+    nearest_wer,
+    partners_or_none,
+    swapped_rows,
+    training_texts,
+)
+from melprobe.evaluation.hearing import leave_out_unheard, open_listener, transcriber
+from melprobe.evaluation.open_asr import GENERATIONS, LATEST
+from melprobe.evaluation.rows import (
+    Batched,
+    by_speaker,
+    make_rows,
+    row_errors,
+    score,
+    write_rows,
+)
 from melprobe.model.checkpoint import DEFAULT, find_checkpoint
-from melprobe.model.inference import batches_by_length
-from melprobe.model.whisper import JUDGE, load_whisper, transcribe
-from melprobe.training.data import load_corpora
-from melprobe.training.recipe import SpeechRecipe
-
-Transcriber = Callable[[list[np.ndarray]], list[str]]
+from melprobe.model.whisper import JUDGE
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Transcribe a manifest, write its rows, print its scores."""
+    """Transcribe a manifest or a suite, write the rows, print the scores."""
     p = Parser(prog="python -m melprobe.evaluate", description=__doc__)
-    p.add_argument("manifest", help="path, or name like builtin/test")
+    p.add_argument("manifest", nargs="?", help="path, or name like builtin/test")
+    p.add_argument("--suite", choices=("open-asr",), help="the leaderboard's sets, and ours")
+    p.add_argument(
+        "--generation", choices=GENERATIONS, help=f"the suite's sets of that year ({LATEST})"
+    )
     p.add_argument(
         "--checkpoint", default=DEFAULT, help=f"name or folder, or {JUDGE} as the ceiling"
+    )
+    p.add_argument(
+        "--versus", metavar="OTHER", help="another checkpoint, or an earlier --out with its rows"
     )
     p.add_argument("--limit", type=int, default=0, help="number of utterances (0: all)")
     p.add_argument("--seed", type=int, default=0)
@@ -54,33 +67,72 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = p.parse_args(argv)
     if not 0 < options.batch_seconds < math.inf:
         raise UsageError(f"--batch-seconds {options.batch_seconds}: take a number above 0")
+    if options.suite:
+        if options.manifest:
+            raise UsageError(f"--suite has sets of its own; leave {options.manifest} out")
+        if options.versus:
+            raise UsageError("--versus compares on a manifest; leave --suite out, or --versus")
+    elif options.generation:
+        raise UsageError("--generation is of a suite; add --suite open-asr")
+    elif not options.manifest:
+        raise UsageError("name a manifest, such as builtin/test, or give --suite open-asr")
     if options.out:
         check_writable(options.out, f"--out {options.out}")
+    if options.suite:
+        suite.evaluate(options)
+    else:
+        evaluate(options)
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """One manifest: rows, controls, and another model beside it if there is `--versus`."""
+    if options.out:
         _refuse_other_results(options.out, options.manifest, options.checkpoint)
+    other, earlier = options.versus, None
+    if other and versus.is_earlier(other):
+        other, earlier = versus.read_earlier(Path(other), options.manifest)
+    if other:
+        versus.refuse_same(options.checkpoint, other)
     chosen = choose(read_manifest(find_manifest(options.manifest)), options.limit, options.seed)
     usable, waves, left_out = load_usable(chosen, options.on_bad_audio)
-    listener = None
-    if options.checkpoint != JUDGE:
-        listener = load(options.checkpoint, device=options.device)
-        left_out += leave_out_too_long(listener, usable, waves, options.on_bad_audio)
+    listener = open_listener(options.checkpoint, options.device)
+    models = [listener]
+    if other and earlier is None:
+        models.append(open_listener(other, options.device))
+    for model in models:
+        left_out += leave_out_unheard(model, usable, waves, options.on_bad_audio)
     if not any(normalise(u.text) for u in usable):
         raise UsageError("the references hold no words, so there is no word error rate")
-    transcriber = whisper(options.device) if listener is None else own(listener, usable)
+    if earlier:
+        versus.check_same_clips(options.versus, earlier, usable)
     # Nobody doubts that the ceiling hears, and it is slow.
     partners = partners_or_none(usable) if listener else None
     with Progress(console=Console(stderr=True)) as progress:
-        bar = progress.add_task("listening", total=len(usable) * (2 if partners else 1))
-        batched = Batched(transcriber, options.batch_seconds, lambda n: progress.advance(bar, n))
+        times = len(models) + bool(partners)
+        bar = progress.add_task("listening", total=len(usable) * times)
+        batched, *rival = [
+            Batched(
+                transcriber(model, usable, options.device),
+                options.batch_seconds,
+                lambda n: progress.advance(bar, n),
+            )
+            for model in models
+        ]
         rows = make_rows(usable, waves, *batched(waves))
         swapped = swapped_rows(usable, waves, partners, batched) if partners else None
+        others = make_rows(usable, waves, *rival[0](waves)) if rival else earlier
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         write_rows(options.out / "rows.jsonl", rows)
         write_rows(options.out / "rows_swapped.jsonl", swapped or [])
-    summary = {
+        (options.out / "rows_versus.jsonl").unlink(missing_ok=True)
+        if others:
+            write_rows(options.out / "rows_versus.jsonl", others)
+    speakers = [u.speaker for u in usable]
+    summary: dict[str, Any] = {
         "manifest": options.manifest,
         "checkpoint": options.checkpoint,
-        **score(rows, [u.speaker for u in usable], options.seed),
+        **score(rows, speakers, options.seed),
         "wer_swapped": swapped and corpus_wer(map(row_errors, swapped)),
         "left_out": left_out,
     }
@@ -88,8 +140,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         texts = training_texts(find_checkpoint(options.checkpoint))
         nearest = nearest_wer(usable, texts) if texts else None
         summary["wer_nearest_training_transcript"] = nearest
+    if others:
+        names = (options.checkpoint, other)
+        summary["versus"] = versus.compare(names, (rows, others), speakers, options.seed)
     if options.out:
-        voices = by_speaker([row_errors(row) for row in rows], [u.speaker for u in usable])
+        voices = by_speaker([row_errors(row) for row in rows], speakers)
         filed = json.dumps(summary | {"by_speaker": voices}, indent=2)
         (options.out / "summary.json").write_text(filed + "\n")
     print(json.dumps(summary, indent=2))
@@ -102,153 +157,13 @@ def _refuse_other_results(out: Path, manifest: str, checkpoint: str) -> None:
         return
     try:
         old = json.loads(path.read_bytes())
-        there = (old["checkpoint"], old["manifest"])
-    except (ValueError, KeyError, TypeError):
+        there = (old["checkpoint"], old.get("manifest") or f"--suite {old['suite']}")
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(f"{path}: not a summary of evaluate's; take another --out") from None
     if there != (checkpoint, manifest):
         has = f"{there[0]} on {there[1]}"
         raise UsageError(f"--out {out}: holds the results of {has}; take another --out")
 
 
-class Batched:
-    """Transcribes waves in batches of like length; returns (transcripts, seconds per clip)."""
-
-    def __init__(
-        self, transcriber: Transcriber, batch_seconds: float, advance: Callable[[int], None]
-    ):
-        self.transcriber = transcriber
-        self.most = int(batch_seconds * SAMPLE_RATE)
-        self.advance = advance
-
-    def __call__(self, waves: Sequence[np.ndarray]) -> tuple[list[str], list[float]]:
-        heard, seconds = [""] * len(waves), [0.0] * len(waves)
-        for batch in batches_by_length([len(wave) for wave in waves], self.most):
-            start = time.perf_counter()
-            transcripts = self.transcriber([waves[i] for i in batch])
-            share = (time.perf_counter() - start) / len(batch)
-            for i, transcript in zip(batch, transcripts, strict=True):
-                heard[i], seconds[i] = transcript, share
-            self.advance(len(batch))
-        return heard, seconds
-
-
-def own(listener: Listener, usable: list[Utterance]) -> Transcriber:
-    """A Mel-LLM as a function of a batch of waves."""
-    limit = answer_limit(listener, usable)
-    return lambda waves: listener.transcribe(waves, limit)
-
-
-def whisper(device: str | None) -> Transcriber:
-    """Whisper base from the packages as a function of a batch of waves."""
-    place = pick_device(device)
-    model, processor = load_whisper(JUDGE)
-    model.to(place)
-    return lambda waves: transcribe(waves, model, processor)
-
-
-def make_rows(
-    utterances: list[Utterance], waves: list[np.ndarray], heard: list[str], seconds: list[float]
-) -> list[dict[str, Any]]:
-    """One row an utterance, in the Open ASR Leaderboard's fields."""
-    return [
-        {
-            "audio_filepath": str(u.id),
-            "duration": len(wave) / SAMPLE_RATE,
-            "time": spent,
-            "text": u.text,
-            "pred_text": hypothesis,
-        }
-        for u, wave, hypothesis, spent in zip(utterances, waves, heard, seconds, strict=True)
-    ]
-
-
-def partners_or_none(usable: list[Utterance]) -> list[int] | None:
-    """Whose audio stands in for whose; None where no clip says anything else."""
-    try:
-        return swap_partners(usable)
-    except UsageError as error:
-        print(f"melprobe: no swapped control: {error}", file=sys.stderr)
-        return None
-
-
-def swapped_rows(
-    usable: list[Utterance], waves: list[np.ndarray], partners: list[int], batched: "Batched"
-) -> list[dict[str, Any]]:
-    """One row an utterance, `text_of`, with the partner whose audio was heard in its place."""
-    heard = [waves[i] for i in partners]
-    rows = make_rows([usable[i] for i in partners], heard, *batched(heard))
-    return [
-        {**row, "text": u.text, "text_of": str(u.id)} for row, u in zip(rows, usable, strict=True)
-    ]
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def row_errors(row: dict[str, Any]) -> WordErrors:
-    return count_errors(row["text"], row["pred_text"])
-
-
-def score(rows: list[dict[str, Any]], speakers: list[str], seed: int) -> dict[str, Any]:
-    """WER with a 95 % bootstrap interval, errors by kind, and RTFx, from rows alone."""
-    errors = [row_errors(row) for row in rows]
-    bootstrap = Bootstrap(speakers, seed=seed)
-    wer = bootstrap.rate([e.total for e in errors], [e.reference_words for e in errors])
-    return {
-        "wer": wer.value,
-        "wer_ci": [wer.low, wer.high] if math.isfinite(wer.high) else None,
-        "resampled": bootstrap.unit,
-        "utterances": len(rows),
-        "speakers": len(set(speakers) - {""}),
-        **{kind: sum(getattr(e, kind) for e in errors) for kind in WordErrors.__slots__},
-        "rtfx": sum(row["duration"] for row in rows) / sum(row["time"] for row in rows),
-    }
-
-
-def by_speaker(errors: list[WordErrors], speakers: list[str]) -> dict[str, dict[str, float]]:
-    """WER of each speaker that is named, the worst first, and on how many reference words."""
-    of: dict[str, list[WordErrors]] = {}
-    for speaker, found in zip(speakers, errors, strict=True):
-        if speaker:
-            of.setdefault(speaker, []).append(found)
-    scores = {
-        speaker: {"wer": corpus_wer(found), "words": sum(e.reference_words for e in found)}
-        for speaker, found in of.items()
-        if sum(e.reference_words for e in found)
-    }
-    return dict(sorted(scores.items(), key=lambda item: -item[1]["wer"]))
-
-
-def training_texts(checkpoint: Path) -> list[str]:
-    """Distinct transcripts the checkpoint was trained on; none where a corpus is not built here.
-
-    Those of the clips that training really read: without leaks, cut into words where it did.
-    """
-    try:
-        recipe = SpeechRecipe.model_validate_json((checkpoint / "recipe.json").read_bytes())
-        clips, _ = load_corpora(recipe.data)
-    except (OSError, ValidationError, UsageError) as error:
-        reason = str(error).splitlines()[0]
-        print(
-            f"melprobe: no nearest-transcript control, which needs the corpora of the training: "
-            f"{reason}",
-            file=sys.stderr,
-        )
-        return []
-    return sorted({normalise(clip.text) for clip in clips})
-
-
-def nearest_wer(utterances: list[Utterance], texts: list[str]) -> float:
-    """WER of answering each utterance with the training transcript nearest to its reference."""
-    pool = [text.split() for text in texts]
-    answers = []
-    for u in utterances:
-        words = normalise(u.text).split()
-        found = extractOne(words, pool, scorer=Levenshtein.distance, processor=None)
-        answers.append(" ".join(found[0]))
-    return corpus_wer(map(count_errors, (u.text for u in utterances), answers))
-
-
 if __name__ == "__main__":
-    run(main)
+    run(main, resumable={"--suite", "--out"} <= set(sys.argv))

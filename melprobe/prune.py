@@ -30,7 +30,7 @@ from melprobe.analysis.wer import WordErrors
 from melprobe.audio.load import load_usable
 from melprobe.corpus.manifest import Utterance, find_manifest, read_manifest
 from melprobe.errors import Parser, UsageError, check_writable, run
-from melprobe.evaluate import Batched, make_rows, row_errors, score
+from melprobe.evaluation.rows import Batched, make_rows, row_errors, score
 from melprobe.folders import replace_folder
 from melprobe.hooks.layers import decoder_blocks, format_layers, parse_layers
 from melprobe.listener import DTYPES, Listener, load

@@ -11,6 +11,8 @@ from melprobe.analysis.study import swap_partners
 from melprobe.analysis.wer import corpus_wer, count_errors
 from melprobe.corpus.manifest import read_manifest, write_manifest
 from melprobe.errors import UsageError
+from melprobe.evaluation.controls import training_texts
+from melprobe.evaluation.hearing import whisper
 from tests.tiny import N_CLIPS, tiny_checkpoint
 
 
@@ -80,12 +82,12 @@ def test_a_single_clip_is_scored_without_the_swapped_control(folder, capsys):
 
 def test_the_nearest_transcript_is_one_that_training_read(folder, capsys, tmp_path):
     # The other one of train.jsonl is in dev.jsonl too: training left it out.
-    assert evaluate.training_texts(folder / "model") == ["the press please"]
+    assert training_texts(folder / "model") == ["the press please"]
     shutil.copytree(folder / "model", tmp_path / "model")
     recipe = (tmp_path / "model" / "recipe.json").read_text()
     for text in (recipe.replace("train.jsonl", "gone.jsonl"), recipe.replace("seed", "seeds")):
         (tmp_path / "model" / "recipe.json").write_text(text)
-        assert evaluate.training_texts(tmp_path / "model") == []
+        assert training_texts(tmp_path / "model") == []
         error = capsys.readouterr().err
         assert error.startswith("melprobe: no nearest-transcript control, which needs")
         assert error.count("\n") == 1
@@ -99,7 +101,7 @@ def test_without_the_corpora_the_nearest_transcript_is_null(folder, capsys, tmp_
 
 def test_whisper_too_runs_where_it_is_told_to(folder):
     with pytest.raises(UsageError, match="device 'abacus': take cpu, cuda"):
-        evaluate.whisper("abacus")
+        whisper("abacus")
 
 
 def test_results_do_not_go_into_a_file(folder, capsys):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from melprobe.analysis.statistics import Bootstrap
+from melprobe.analysis.statistics import Bootstrap, mean_of_rates
 from melprobe.errors import UsageError
 
 N = 30
@@ -114,6 +114,30 @@ def test_one_utterance_sets_no_limits():
 def test_a_denominator_that_may_vanish_bounds_nothing():
     interval = Bootstrap([""] * 4).ratio([1.0, 1.0, 1.0, 1.0], [5.0, -1.0, -1.0, -1.0])
     assert (interval.value, interval.low, interval.high) == (2.0, -np.inf, np.inf)
+
+
+def test_the_mean_of_several_sets_covers():
+    rng = np.random.default_rng(8)
+    trials, hits = 300, 0
+    truths, sizes = (0.05, 0.2, 0.6), (40, 30, 60)
+    for trial in range(trials):
+        rates = []
+        for place, (truth, size) in enumerate(zip(truths, sizes, strict=True)):
+            words = rng.integers(2, 15, size)
+            boot = Bootstrap([""] * size, resamples=1000, seed=(trial, place))
+            rates.append((boot, rng.binomial(words, truth), words))
+        interval = mean_of_rates(rates)
+        hits += interval.low <= np.mean(truths) <= interval.high
+    assert abs(hits / trials - 0.95) < 3 * (0.95 * 0.05 / trials) ** 0.5
+
+
+def test_the_mean_of_one_set_is_its_rate_and_of_an_unbounded_one_unbounded():
+    errors, words = [0, 1, 2, 0, 1], [4, 5, 6, 5, 3]
+    one = (Bootstrap([""] * 5), errors, words)
+    mean, alone = mean_of_rates([one]), one[0].rate(errors, words)
+    assert (mean.value, mean.low, mean.high) == pytest.approx((alone.value, alone.low, alone.high))
+    mean = mean_of_rates([one, (Bootstrap(["only"]), [1], [2])])
+    assert (mean.value, mean.high) == (pytest.approx((4 / 23 + 0.5) / 2), np.inf)
 
 
 def test_same_seed_same_interval():

@@ -36,6 +36,18 @@ class Interval:
     high: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Resampled:
+    """What resampling says of ratios, a column each; R resamples, L columns."""
+
+    errors: Floats
+    """[L], standard errors of the sample's ratios"""
+    shifts: Floats
+    """[R, L], resampled ratio minus ratio"""
+    spreads: Floats
+    """[R, L], standard errors of the resampled ratios"""
+
+
 class Bootstrap:
     """Resamples of one list of utterances, shared by every figure computed on them.
 
@@ -43,7 +55,9 @@ class Bootstrap:
     `unit` says what is resampled, `n_units` how many there are.
     """
 
-    def __init__(self, speakers: Sequence[str], *, resamples: int = 5000, seed: int = 0) -> None:
+    def __init__(
+        self, speakers: Sequence[str], *, resamples: int = 5000, seed: int | Sequence[int] = 0
+    ) -> None:
         if not speakers:
             raise UsageError("no utterances, so there is nothing to resample")
         self._unit_of, self.n_units = clusters(speakers)
@@ -73,6 +87,17 @@ class Bootstrap:
 
         A column that is zero throughout has zero width and costs the others nothing.
         """
+        values, resampled = self._resample(numerators, denominator)
+        if resampled is None:
+            return [Interval(float(value), -np.inf, np.inf) for value in values]
+        low, high = _limits(resampled, confidence)
+        rows = zip(values, values - high, values - low, strict=True)
+        return [Interval(*map(float, row)) for row in rows]
+
+    def _resample(
+        self, numerators: ArrayLike, denominator: ArrayLike | None
+    ) -> tuple[Floats, _Resampled | None]:
+        """The ratio of each column, and what its resamples do, or None where nothing bounds it."""
         above = np.asarray(numerators, np.float64)
         below = np.ones(len(above)) if denominator is None else np.asarray(denominator, np.float64)
         totals = np.zeros((self.n_units, above.shape[1] + 1))
@@ -83,7 +108,7 @@ class Bootstrap:
         values = above_by_unit.sum(axis=0) / size if size > 0 else np.full(above.shape[1], np.nan)
         sizes = self._draws @ below_by_unit  # [R, 1]
         if self.n_units < 2 or (sizes <= 0).any():
-            return [Interval(float(value), -np.inf, np.inf) for value in values]
+            return values, None
         residuals = above_by_unit - values * below_by_unit
         errors = _spread((residuals**2).sum(axis=0), size, self.n_units)
         shifts = self._draws @ residuals / sizes  # [R, L]: resampled ratio - ratio
@@ -92,12 +117,38 @@ class Bootstrap:
             - 2 * shifts * (self._draws @ (residuals * below_by_unit))
             + shifts**2 * (self._draws @ below_by_unit**2)
         )
-        resampled = np.maximum(_spread(squares, sizes, self.n_units), LEAST_SPREAD * errors)
-        t = np.divide(shifts, resampled, out=np.zeros_like(shifts), where=errors > 0)
-        tail = (1 - confidence) / 2
-        lows = values - np.quantile(t.max(axis=1), 1 - tail) * errors
-        highs = values - np.quantile(t.min(axis=1), tail) * errors
-        return [Interval(*map(float, row)) for row in zip(values, lows, highs, strict=True)]
+        return values, _Resampled(errors, shifts, _spread(squares, sizes, self.n_units))
+
+
+def mean_of_rates(
+    rates: Sequence[tuple[Bootstrap, ArrayLike, ArrayLike]], confidence: float = 0.95
+) -> Interval:
+    """The plain mean of several lists' rates (bootstrap, counts, denominators), such as test sets'.
+
+    Each list is resampled by itself, so give the bootstraps as many resamples and different seeds.
+    """
+    each = [b._resample(np.asarray(above)[:, None], below) for b, above, below in rates]
+    value = float(np.mean([values for values, _ in each]))
+    found = [resampled for _, resampled in each if resampled]
+    if len(found) < len(each):
+        return Interval(value, -np.inf, np.inf)
+    mean = _Resampled(
+        np.sqrt(np.sum([r.errors**2 for r in found], axis=0)) / len(found),
+        np.mean([r.shifts for r in found], axis=0),
+        np.sqrt(np.sum([r.spreads**2 for r in found], axis=0)) / len(found),
+    )
+    low, high = _limits(mean, confidence)
+    return Interval(value, max(value - float(high[0]), 0.0), value - float(low[0]))
+
+
+def _limits(resampled: _Resampled, confidence: float) -> tuple[Floats, Floats]:
+    """How far below and above the truth the estimate [L] may lie (max-t over the columns)."""
+    errors, shifts = resampled.errors, resampled.shifts
+    spreads = np.maximum(resampled.spreads, LEAST_SPREAD * errors)
+    t = np.divide(shifts, spreads, out=np.zeros_like(shifts), where=errors > 0)
+    tail = (1 - confidence) / 2
+    low = np.quantile(t.min(axis=1), tail) * errors
+    return low, np.quantile(t.max(axis=1), 1 - tail) * errors
 
 
 def _enough(speakers: Sequence[str]) -> bool:

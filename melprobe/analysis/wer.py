@@ -29,7 +29,12 @@ class WordErrors:
 def normalise(text: str) -> str:
     """Lower case, no punctuation, numbers as digits, American spelling, contractions opened."""
     # Of "menu..." the normaliser leaves a "." that would count as a word.
-    return _normaliser()(re.sub(r"\.{2,}", " ", text)).strip()
+    return whisper_normalise(re.sub(r"\.{2,}", " ", text)).strip()
+
+
+def whisper_normalise(text: str) -> str:
+    """The Whisper English normaliser as it is, a stray "." included."""
+    return _normaliser()(text)
 
 
 def count_errors(reference: str, hypothesis: str) -> WordErrors:
@@ -37,7 +42,12 @@ def count_errors(reference: str, hypothesis: str) -> WordErrors:
 
     An empty reference is legal: every word heard is then an insertion.
     """
-    counts = jiwer.process_words(normalise(reference), normalise(hypothesis))
+    return count_errors_as_is(normalise(reference), normalise(hypothesis))
+
+
+def count_errors_as_is(reference: str, hypothesis: str) -> WordErrors:
+    """`count_errors` of two texts that are normalised already."""
+    counts = jiwer.process_words(reference, hypothesis)
     words = counts.hits + counts.substitutions + counts.deletions
     return WordErrors(counts.substitutions, counts.deletions, counts.insertions, words)
 

@@ -21,6 +21,14 @@ from melprobe.corpus.manifest import Utterance
 from melprobe.errors import UsageError
 
 
+class NotReadable(UsageError):
+    """A configuration, split or column that isn't there, or rows that aren't data."""
+
+
+class NotReached(NotReadable):
+    """No network, no such data set, no access to it, or no `datasets` to read it with."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `build hub`."""
     add = parser.add_argument
@@ -44,7 +52,9 @@ def build(args: argparse.Namespace, out: Path) -> None:
     # Named by what they are rows of: a rebuild takes existing files for the same rows.
     source = [args.dataset, args.config or "", args.split, args.audio_column]
     folder = re.sub(r"\W+", "-", " ".join(source)).strip("-")
-    rows = track(islice(_rows(args), args.limit), f"streaming {args.dataset}", total=args.limit)
+    wanted = [c for c in (args.audio_column, args.text_column, args.speaker_column) if c]
+    found = stream(args.dataset, args.config, args.split, wanted, args.audio_column)
+    rows = track(islice(found, args.limit), f"streaming {args.dataset}", total=args.limit)
     for number, row in enumerate(rows):
         text = str(row[args.text_column] or "").strip()
         if not text:
@@ -53,7 +63,7 @@ def build(args: argparse.Namespace, out: Path) -> None:
         path = out / "audio" / folder / f"{number:06d}.flac"
         name = f"{args.dataset} {args.split} row {number}"
         try:
-            seconds = clip_seconds(path, partial(_wave, row[args.audio_column], name))
+            seconds = clip_seconds(path, partial(decode, row[args.audio_column], name))
         except BadAudio as error:
             left_out.append(f"bad audio, such as {error}")
             continue
@@ -66,33 +76,37 @@ def build(args: argparse.Namespace, out: Path) -> None:
     finish(out, {args.split: utterances}, left_out)
 
 
-def _rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The data set's rows with undecoded audio, after the first was checked for its columns."""
+def stream(
+    dataset: str, config: str | None, split: str, columns: list[str], audio_column: str
+) -> Iterator[dict[str, Any]]:
+    """Rows with these columns and undecoded audio, after the first was checked for them.
+
+    Raises NotReadable, or NotReached where no other configuration can be read either.
+    """
     try:
         from datasets import Audio, load_dataset
-        from datasets.exceptions import DatasetNotFoundError
     except ImportError:
-        raise UsageError(
+        raise NotReached(
             "the hub is read by `datasets`: install it with `pip install 'melprobe[corpora]'`"
         ) from None
-    wanted = [c for c in (args.audio_column, args.text_column, args.speaker_column) if c]
     try:
-        data = load_dataset(args.dataset, args.config, split=args.split, streaming=True)
-        columns = list(data.features or next(iter(data.take(1)), {}))
-        if missing := [column for column in wanted if column not in columns]:
-            raise UsageError(
-                f"{args.dataset}: no column {', '.join(missing)}; there are {', '.join(columns)}:"
+        data = load_dataset(dataset, config, split=split, streaming=True)
+        there = list(data.features or next(iter(data.take(1)), {}))
+        if missing := [column for column in columns if column not in there]:
+            raise NotReadable(
+                f"{dataset}: no column {', '.join(missing)}; there are {', '.join(there)}:"
                 " name them with --audio-column, --text-column, --speaker-column"
             )
-        yield from data.select_columns(wanted).cast_column(args.audio_column, Audio(decode=False))
-    except (DatasetNotFoundError, OSError, ValueError) as error:
+        yield from data.select_columns(columns).cast_column(audio_column, Audio(decode=False))
+    except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UsageError(
-            f"{args.dataset}, split {args.split}: not readable ({reason}); is the id right, and"
-            " the network up?"
-        ) from None
+        if isinstance(error, OSError):
+            asks = "is the id right, and the network up?"
+            raise NotReached(f"{dataset}: not readable ({reason}); {asks}") from None
+        raise NotReadable(f"{dataset}, split {split}: not readable ({reason})") from None
 
 
-def _wave(audio: dict[str, Any], name: str) -> np.ndarray:
+def decode(audio: dict[str, Any], name: str) -> np.ndarray:
+    """`decode_wave` of an undecoded row's audio."""
     data = audio["bytes"] if audio["bytes"] is not None else Path(audio["path"]).read_bytes()
     return decode_wave(data, name)
