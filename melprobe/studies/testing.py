@@ -9,7 +9,8 @@ from melprobe.analysis.protocol import choose
 from melprobe.audio.load import load_usable
 from melprobe.corpus.manifest import find_manifest, read_manifest
 from melprobe.errors import run
-from melprobe.evaluate import Batched, make_rows, own, write_rows
+from melprobe.evaluation.hearing import transcriber
+from melprobe.evaluation.rows import Batched, make_rows, write_rows
 from melprobe.hooks.layers import parse_layers
 from melprobe.listener import load
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     drawn = choose(read_manifest(find_manifest(options.manifest)), options.clips, seed=0)
     usable, waves, _ = load_usable(drawn, "error")
     lm = load(options.checkpoint, merge=not options.without_lora)
-    batched = Batched(own(lm, usable), _BATCH_SECONDS, lambda n: None)
+    batched = Batched(transcriber(lm, usable, None), _BATCH_SECONDS, lambda n: None)
     off = parse_layers(options.without_lora, lm.n_layers) if options.without_lora else []
     cut: AbstractContextManager[None] = lm.without_lora(off) if off else nullcontext()
     with cut:
