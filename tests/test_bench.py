@@ -3,11 +3,15 @@
 import json
 
 import pytest
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
 
 from melprobe.bench import __main__ as bench
+from melprobe.bench.train import model_flop
 from melprobe.errors import UsageError
 from tests.tiny import N_CLIPS as N
-from tests.tiny import N_LAYERS
+from tests.tiny import N_LAYERS, TEXTS
 
 
 def test_the_mel_bench_prints_what_it_promises(capsys):
@@ -56,3 +60,54 @@ def test_the_capture_bench_prints_what_it_promises(folder, capsys, monkeypatch):
 def test_the_capture_bench_names_what_it_cannot_do(folder):
     with pytest.raises(UsageError, match="--memory 0: take a number"):
         bench.main(["capture", "--memory", "0"])
+
+
+def test_the_training_bench_trains_both_on_the_same_clips(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("melprobe.bench.train.WARMUP", 1)
+    monkeypatch.setattr("melprobe.bench.train._CLIPS", 40)
+    monkeypatch.setattr("melprobe.bench.train.RIVALS", {"plain": False})
+    recipe = {
+        "out": str(tmp_path / "run"),
+        "model": {"base": str(folder / "base"), "lora": {"rank": 2}},
+        "data": {
+            "train": [{"manifest": "not read"}],
+            "dev": ["not read"],
+            "stages": [{"steps": 1}],
+            "batch_seconds": 4,
+            "workers": 0,
+        },
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    words = ["--recipe", str(tmp_path / "recipe.yaml"), "--data", str(folder / "data.jsonl")]
+    bench.main(["train", "--json", *words, "--steps", "3", "--device", "cpu"])
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["tokens_per_s"] > 0 and figures["ratio_trainer"] > 0
+    assert 0 < figures["mfu"] < 1
+    assert figures["trainer"] == "plain" and "ratio_without_compile" not in figures
+    assert 4 <= figures["clips_per_step"] <= 8  # 0.4 to 0.9 s each
+    assert 0.5 < figures["filled_trainer"] <= 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_model_flop_is_what_torch_counts(lm, clips):
+    """Forward, and as much backward where nothing learns; attention scores left out."""
+    batch = lm.processor(clips, TEXTS)
+    with FlopCounterMode(display=False) as counter:
+        lm.model.requires_grad_(False)(**batch)
+    counted = counter.get_flop_counts()["Global"]
+    products = sum(counted.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    speech = batch["input_ids"] == lm.processor.audio_token_id
+    counts = {
+        "positions": batch["input_ids"].numel(),  # torch counts padding too
+        "patches": len(clips) * int(speech.sum(1).max()),
+        "answers": int((batch["labels"] != -100).sum()),
+        "frames": 0,
+    }
+    assert model_flop(lm.model, counts) == 2 * products
+
+
+def test_the_training_bench_names_what_it_cannot_do():
+    with pytest.raises(UsageError, match="--steps 0: take at least one"):
+        bench.main(["train", "--steps", "0"])
+    with pytest.raises(UsageError, match=r"mini-base\.yaml: trains on text alone"):
+        bench.main(["train", "--recipe", "recipes/mini-base.yaml"])

@@ -2,13 +2,18 @@
 
 `mel`: the log-mel front end. `sweep`: a layer-skip study, beside the same study by nnsight,
 TransformerLens and plain hooks around `generate`. `capture`: residuals to disk, beside the forward
-pass alone.
+pass alone. `train`: training steps, beside those of the Hugging Face Trainer.
 """
 
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
+
+import torch
+from transformers.utils.logging import disable_progress_bar
 
 from melprobe.analysis.protocol import answer_limit, choose
 from melprobe.audio.load import load_utterance
@@ -16,11 +21,13 @@ from melprobe.bench.capture import bench_capture, peak_memory
 from melprobe.bench.contestants import RIVALS, Study
 from melprobe.bench.mel import bench_mel
 from melprobe.bench.sweep import bench_sweep
+from melprobe.bench.train import bench_train
 from melprobe.corpus.manifest import find_manifest, read_manifest
 from melprobe.errors import Parser, UsageError, run
 from melprobe.hooks.layers import parse_layers
 from melprobe.listener import DTYPES, load
-from melprobe.model.checkpoint import DEFAULT
+from melprobe.model.checkpoint import DEFAULT, find_checkpoint
+from melprobe.training.recipe import SpeechRecipe, read_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     mel = what.add_parser("mel", help="the log-mel front end")
     sweep = what.add_parser("sweep", help="a layer-skip study")
     capture = what.add_parser("capture", help="residuals to disk")
-    for part in (mel, sweep, capture):
+    train = what.add_parser("train", help="training steps")
+    for part in (mel, sweep, capture, train):
         part.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     for part in (sweep, capture):
         part.add_argument("--checkpoint", default=DEFAULT)
@@ -51,9 +59,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="N",
         help="also the most memory that capturing N utterances takes",
     )
+    which = train.add_mutually_exclusive_group()
+    which.add_argument("--checkpoint", default=DEFAULT, help="train as it was trained")
+    which.add_argument("--recipe", type=Path, help="or by this recipe")
+    train.add_argument("--data", default="builtin/train")
+    train.add_argument("--steps", type=int, default=40, help="after the warm-up")
+    train.add_argument(
+        "--batch-seconds", type=float, help="audio in a batch; the recipe's if not given"
+    )
+    train.add_argument("--device", help="cpu, cuda or cuda:N; the best there is by default")
     options = p.parse_args(argv)
-    run_it = {"mel": lambda _: bench_mel(), "sweep": _sweep, "capture": _capture}[options.what]
-    figures: Mapping[str, object] = run_it(options)
+    commands = {"mel": lambda _: bench_mel(), "sweep": _sweep, "capture": _capture, "train": _train}
+    figures: Mapping[str, object] = commands[options.what](options)
     if options.json:
         print(json.dumps(figures))
     else:
@@ -86,6 +103,21 @@ def _capture(options: Any) -> Mapping[str, object]:
     listener = load(options.checkpoint, device=options.device, dtype=DTYPES.get(options.dtype))
     found = bench_capture(listener, choose(known, options.limit, seed=0), _tell)
     return {**found, "peak_mb": peak}
+
+
+def _train(options: Any) -> Mapping[str, object]:
+    if options.steps < 1:
+        raise UsageError(f"--steps {options.steps}: take at least one")
+    path = options.recipe or find_checkpoint(options.checkpoint) / "recipe.json"
+    recipe = read_recipe(path)  # JSON is YAML too
+    if not isinstance(recipe, SpeechRecipe):
+        raise UsageError(f"{path}: trains on text alone; take a recipe for speech")
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    disable_progress_bar()
+    with redirect_stdout(sys.stderr):  # both tell of their steps
+        return bench_train(
+            recipe, options.data, options.steps, options.batch_seconds, device, _tell
+        )
 
 
 def _tell(line: str) -> None:
