@@ -1,9 +1,11 @@
 """`python -m melprobe.train RECIPE.yaml [--field value ...]`: train, or go on training.
 
+`torchrun --nproc-per-node N -m melprobe.train RECIPE.yaml` trains in N processes, the same.
 The same command again continues a run that was stopped, however it was stopped. Fields are those
 of the recipe, dotted: `--optim.lr 3e-4 --data.train.0.repeat 2`; values are YAML.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,8 +32,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     _refuse_other_recipe(recipe)
     disable_progress_bar()  # theirs, of loading and saving: ours shows the steps
     task = _task(recipe)  # a recipe that can't begin leaves no folder behind
-    write_recipe(recipe)
+    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
+    if first:
+        write_recipe(recipe)
     log = fit(task, recipe)
+    if not first:
+        return
     best = recipe.out / "best"  # a run that learns no text has none
     found = f"best checkpoint: {best}" if best.exists() else f"checkpoint: {recipe.out / 'last'}"
     print(f"trained to step {log[-1]['step']}; {found}")

@@ -114,7 +114,7 @@ def test_spec_augment_blanks_stripes_and_nothing_else():
     found = spec_augment(
         mel,
         torch.tensor([60, 20]),
-        np.random.default_rng(1),
+        [np.random.default_rng(seed) for seed in (1, 2)],
         time_masks=1,
         time_mask_frames=30,
         frequency_masks=1,

@@ -35,8 +35,13 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
-    """A folder with a tiny base, a tiny corpus of noise and a recipe."""
     folder = tmp_path_factory.mktemp("workshop")
+    make_workshop(folder)
+    return folder
+
+
+def make_workshop(folder):
+    """A tiny base, a tiny corpus of noise and a recipe, in `folder`."""
     torch.manual_seed(0)
     LlamaForCausalLM(tiny_config().text_config).save_pretrained(folder / "base")
     tiny_listener().processor.tokenizer.save_pretrained(folder / "base")
@@ -81,7 +86,6 @@ def workshop(tmp_path_factory):
         "save_minutes": 0,
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return folder
 
 
 def losses(out: Path) -> list[float]:

@@ -3,6 +3,8 @@
 Every function draws from the generator it is given, so a step's batch can be made again.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import soxr
 import torch
@@ -59,7 +61,7 @@ def warp_frequency(
 def spec_augment(
     mel: Tensor,
     lengths: Tensor,
-    rng: np.random.Generator,
+    rngs: Sequence[np.random.Generator],
     *,
     time_masks: int,
     time_mask_frames: int,
@@ -68,10 +70,11 @@ def spec_augment(
 ) -> Tensor:
     """Blank stripes of normalised `mel` (B, T, M) in time and frequency (Park et al. 2019).
 
+    rngs: one for each row, of which padding draws nothing.
     A time mask never covers more than a fifth of a clip: a short word must survive.
     """
     mel = mel.clone()
-    for row, length in enumerate(lengths.tolist()):
+    for row, (length, rng) in enumerate(zip(lengths.tolist(), rngs, strict=True)):
         for _ in range(time_masks):
             width = int(rng.integers(0, max(1, min(time_mask_frames, length // 5)) + 1))
             start = int(rng.integers(0, max(1, length - width)))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BatchFeature
 
+from melprobe.training.processes import Mean, own_mean
 from melprobe.training.reading import Residual, TokenReader
 
 
@@ -21,7 +22,7 @@ class SpeechCTC:
         self.reader = reader
         self.residual = residual
 
-    def loss(self, batch: BatchFeature) -> Tensor:
+    def loss(self, batch: BatchFeature, mean: Mean = own_mean) -> Tensor:
         """Nat per answer token, of the forward pass that just ran on `batch`."""
         labels = batch["labels"]
         speech = batch["input_ids"] == self.reader.model.config.audio_token_id  # (B, S)
@@ -31,4 +32,8 @@ class SpeechCTC:
         words = (labels != -100) & (labels != self.reader.classes[0])
         targets = self.reader.classes_of(labels[words])
         # A clip with more tokens than patches can't be aligned and counts nothing.
-        return F.ctc_loss(padded, targets, lengths, words.sum(1), blank=0, zero_infinity=True)
+        counts = words.sum(1)
+        losses = F.ctc_loss(
+            padded, targets, lengths, counts, blank=0, reduction="none", zero_infinity=True
+        )
+        return mean((losses / counts.clamp(min=1)).sum(), len(losses))

@@ -12,6 +12,7 @@ from itertools import count, islice
 from zlib import crc32
 
 import numpy as np
+import torch
 from lhotse import CutSet
 from lhotse.cut import Cut
 from lhotse.dataset import DynamicBucketingSampler
@@ -36,6 +37,7 @@ from melprobe.training.frames import (
     token_targets,
     tokens_of_words,
 )
+from melprobe.training.processes import WHOLE, Share
 from melprobe.training.recipe import Augment, Data, Stage
 
 # It fears for memory; a manifest's worth of cuts is small.
@@ -178,13 +180,16 @@ class BatchOrder(Sampler[tuple[int, list[str]]]):
                 num_buckets=min(10, len(cuts)),
                 shuffle=True,
                 seed=seed,
+                # Or it would take a share of its own where there are several processes.
+                world_size=1,
+                rank=0,
             )
             for batch in sampler:
                 yield [cut.id for cut in batch]
 
 
 class SpeechBatches(Dataset[tuple[int, BatchFeature]]):
-    """Loads, augments and featurises the clips of one step.
+    """Loads, augments and featurises a process' share of the clips of one step.
 
     frames: adds `frame_targets`; teacher: adds what a teacher hears of them (`teacher_inputs`).
     """
@@ -199,6 +204,7 @@ class SpeechBatches(Dataset[tuple[int, BatchFeature]]):
         *,
         frames: bool,
         teacher: MelLLMProcessor | None = None,
+        share: Share = WHOLE,
     ):
         self.by_id = {clip.id: clip for clip in clips}
         self.processor = processor
@@ -207,25 +213,35 @@ class SpeechBatches(Dataset[tuple[int, BatchFeature]]):
         self.seed = seed
         self.frames = frames
         self.teacher = teacher
+        self.share = share
 
     def __getitem__(self, key: tuple[int, list[str]]) -> tuple[int, BatchFeature]:
         step, ids = key
-        rng = np.random.default_rng([self.seed, step])
+        places = self.share.places(len(ids))
+        batch = self._make(step, [ids[i] for i in places], places)
+        if self.share.idle(len(ids)):
+            batch["idle"] = torch.tensor(True)
+        return step, batch
+
+    def _make(self, step: int, ids: list[str], places: list[int]) -> BatchFeature:
+        """places: of `ids` in the whole batch, by which a clip is changed alike in any share."""
+        rngs = [np.random.default_rng([self.seed, step, 2 + place]) for place in places]
         chosen = [self.by_id[i] for i in ids]
         texts = [plain_text(clip.text) for clip in chosen]
         if self._copies(step):
-            return step, self.processor.reading()(texts, texts, pad_to_multiple_of=LENGTH_STEP)
-        waves, speeds = zip(*(self._change(clip.wave(), rng) for clip in chosen), strict=True)
+            return self.processor.reading()(texts, texts, pad_to_multiple_of=LENGTH_STEP)
+        changed = map(self._change, (clip.wave() for clip in chosen), rngs)
+        waves, speeds = zip(*changed, strict=True)
         batch = self.processor(waves, texts, pad_to_multiple_of=LENGTH_STEP)
         mel = batch["input_features"]
         if self.augment.frequency_warp != (1.0, 1.0):
-            factors = rng.uniform(*self.augment.frequency_warp, size=len(mel))
+            factors = np.array([rng.uniform(*self.augment.frequency_warp) for rng in rngs])
             extractor = self.processor.feature_extractor
             mel = warp_frequency(mel, factors, extractor.f_max, extractor.mel_scale)
         batch["input_features"] = spec_augment(
             mel,
             batch["feature_attention_mask"].sum(1),
-            rng,
+            rngs,
             time_masks=self.augment.time_masks,
             time_mask_frames=self.augment.time_mask_frames,
             frequency_masks=self.augment.frequency_masks,
@@ -235,7 +251,7 @@ class SpeechBatches(Dataset[tuple[int, BatchFeature]]):
             batch.update(frame_targets(chosen, speeds, batch, self.processor))
         if self.teacher:
             batch.update(teacher_inputs(self.teacher, waves))
-        return step, batch
+        return batch
 
     def _copies(self, step: int) -> bool:
         """Whether this step's texts are read; drawn apart from what changes the clips."""

@@ -17,6 +17,7 @@ from melprobe.model import checkpoint
 from melprobe.model.modelling import MelLLMForConditionalGeneration
 from melprobe.model.processor import MelLLMProcessor
 from melprobe.model.prompts import Wave
+from melprobe.training.processes import Mean, own_mean
 from melprobe.training.reading import Residual
 from melprobe.training.recipe import Distillation
 
@@ -45,7 +46,9 @@ class Teacher:
         self.student = Residual(model, settings.layer, "distil.layer")
         self.own = Residual(self.model, settings.layer, "distil.layer")
 
-    def loss(self, batch: Mapping[str, Tensor], heard: Mapping[str, Tensor]) -> Tensor:
+    def loss(
+        self, batch: Mapping[str, Tensor], heard: Mapping[str, Tensor], mean: Mean = own_mean
+    ) -> Tensor:
         """Mean over patches of the student's pass that just ran on `batch`.
 
         heard: what `teacher_inputs` made of the same clips.
@@ -57,7 +60,8 @@ class Teacher:
         with torch.no_grad():
             wanted = self.own.of(self.model, {**words, **features})[speech]
         found = self.student.last()[speech]
-        return F.mse_loss(_standardised(found), _standardised(wanted))
+        distance = F.mse_loss(_standardised(found), _standardised(wanted), reduction="sum")
+        return mean(distance, found.numel())
 
 
 def teacher_inputs(processor: MelLLMProcessor, waves: Sequence[Wave]) -> dict[str, Tensor]:

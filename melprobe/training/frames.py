@@ -23,6 +23,7 @@ from melprobe.corpus.manifest import Span, Utterance
 from melprobe.corpus.phones import CLASSES, SILENCE, fold
 from melprobe.errors import UsageError
 from melprobe.model.modelling import MelLLMForConditionalGeneration
+from melprobe.training.processes import Mean, own_mean
 from melprobe.training.reading import Residual, TokenReader
 from melprobe.training.recipe import Frames
 
@@ -140,7 +141,9 @@ class PhoneHead(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.linear = nn.Linear(width, slots_per_patch(frames_per_patch) * len(CLASSES))
 
-    def forward(self, residual: Tensor, speech: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, residual: Tensor, speech: Tensor, targets: Tensor, mean: Mean = own_mean
+    ) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy in nat and share of right answers, over all targets that are known.
 
         residual (B, S, D); speech (B, S) marks the patches; targets (B, P, slots), P the patches
@@ -148,15 +151,17 @@ class PhoneHead(nn.Module):
         """
         wanted = _late(targets, speech).flatten()
         logits = self.linear(self.norm(residual[speech])).float().view(len(wanted), len(CLASSES))
-        known = wanted != UNKNOWN
-        if not known.any():
-            return logits.sum() * 0, logits.new_zeros(())
-        loss = F.cross_entropy(logits[known], wanted[known])
-        return loss, _share_right(logits[known], wanted[known])
+        loss = F.cross_entropy(logits, wanted, ignore_index=UNKNOWN, reduction="sum")
+        right, known = logits.argmax(1) == wanted, (wanted != UNKNOWN).sum()
+        return mean(loss, known), mean(right.sum(), known)
 
 
 def token_loss(
-    reader: TokenReader, residual: Tensor, speech: Tensor, targets: Tensor
+    reader: TokenReader,
+    residual: Tensor,
+    speech: Tensor,
+    targets: Tensor,
+    mean: Mean = own_mean,
 ) -> tuple[Tensor, Tensor]:
     """Nat per completed token plus nat per patch that completes none, and share of tokens right.
 
@@ -169,11 +174,10 @@ def token_loss(
     classes = reader.classes_of(wanted[known])
     nll = F.nll_loss(scores, classes, reduction="none")
     blank = classes == 0
-    parts = [nll[mask].mean() for mask in (blank, ~blank) if mask.any()]
     spoken = ~blank
-    if not spoken.any():
-        return sum(parts, scores.sum() * 0), scores.new_zeros(())
-    return sum(parts, scores.new_zeros(())), _share_right(scores[spoken], classes[spoken])
+    right = (scores.argmax(1) == classes) & spoken
+    loss = mean(nll[blank].sum(), blank.sum()) + mean(nll[spoken].sum(), spoken.sum())
+    return loss, mean(right.sum(), spoken.sum())
 
 
 class FrameLosses(nn.Module):
@@ -200,7 +204,12 @@ class FrameLosses(nn.Module):
         return speech
 
     def forward(
-        self, batch: Mapping[str, Tensor], targets: Mapping[str, Tensor], *, tokens: bool
+        self,
+        batch: Mapping[str, Tensor],
+        targets: Mapping[str, Tensor],
+        *,
+        tokens: bool,
+        mean: Mean = own_mean,
     ) -> dict[str, Tensor]:
         """Losses and accuracies in the pass that just ran on `batch`; `frames` is their sum.
 
@@ -208,12 +217,12 @@ class FrameLosses(nn.Module):
         """
         speech = batch["input_ids"] == self.audio_token_id
         phones, right = self.phones(
-            self.residuals["phones"].last(), speech, targets["phone_targets"]
+            self.residuals["phones"].last(), speech, targets["phone_targets"], mean
         )
         losses = {"frames": phones, "phones": phones, "phones_right": right}
         if tokens:
             losses["tokens"], losses["tokens_right"] = token_loss(
-                self.reader, self.residuals["tokens"].last(), speech, targets["token_targets"]
+                self.reader, self.residuals["tokens"].last(), speech, targets["token_targets"], mean
             )
             losses["frames"] = phones + self.token_weight * losses["tokens"]
         return losses
@@ -226,7 +235,3 @@ def _speech_only(batch: Mapping[str, Tensor], audio_token_id: int) -> dict[str, 
     for key in ("input_ids", "attention_mask"):
         kept[key] = kept[key][:, : (last // LENGTH_STEP + 1) * LENGTH_STEP]
     return kept
-
-
-def _share_right(scores: Tensor, classes: Tensor) -> Tensor:
-    return (scores.argmax(1) == classes).float().mean()

@@ -1,4 +1,4 @@
-"""The training loop: accelerate, gradient accumulation, resumable to the batch. One process."""
+"""The training loop: accelerate, gradient accumulation, resumable to the batch."""
 
 import math
 import time
@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -17,6 +16,14 @@ from torch.utils.tensorboard import SummaryWriter
 from melprobe.errors import UsageError
 from melprobe.folders import replace_folder
 from melprobe.training.muon import Muon
+from melprobe.training.processes import (
+    Losses,
+    Mean,
+    Share,
+    data_parallel,
+    make_accelerator,
+    over_processes,
+)
 from melprobe.training.recipe import Optim, Recipe
 from melprobe.training.state import State
 
@@ -30,11 +37,14 @@ class Task(Protocol):
     heads: nn.Module
     """What is trained beside the model and needed by no checkpoint."""
 
-    def batches(self, start: int) -> Iterable[tuple[int, Any]]:
-        """(step, keyword arguments of the model) from batch `start` on."""
+    def batches(self, start: int, share: Share) -> Iterable[tuple[int, Any]]:
+        """(step, keyword arguments of the model) from batch `start` on, the share of each.
 
-    def losses(self, model: Any, batch: Any, step: int) -> dict[str, Tensor]:
-        """`train_loss` is what to minimise, the others are for the log.
+        Where that is empty, something else with the key `idle`.
+        """
+
+    def losses(self, model: Any, batch: Any, step: int, mean: Mean) -> dict[str, Tensor]:
+        """`train_loss` is what to minimise, the others are for the log; all are made by `mean`.
 
         `model` is the task's own, made ready for the device.
         """
@@ -66,21 +76,17 @@ def fit(task: Task, recipe: Recipe, device: torch.device | None = None) -> list[
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)  # which accelerate then takes
-    # Accelerate keeps one state a process, which would refuse a second run (a notebook's) on
-    # another device or in another precision; it has no public way to begin anew.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(
-        mixed_precision="bf16" if recipe.precision == "bf16" else "no",
-        gradient_accumulation_steps=recipe.optim.accumulate,
-        cpu=device.type == "cpu",
+    accelerator = make_accelerator(
+        device, bf16=recipe.precision == "bf16", accumulate=recipe.optim.accumulate
     )
+    share = Share(accelerator.process_index, accelerator.num_processes)
+    first = accelerator.is_main_process  # which alone measures, writes and tells
     task.model.to(accelerator.device)
     task.heads.to(accelerator.device)
     trainable = trainable_parameters(task)
     optimizers = make_optimizers(trainable, recipe.optim)
-    if accelerator.num_processes > 1:
-        raise UsageError("training runs in one process; start it with python, not with torchrun")
-    state = State(recipe.out / "state", trainable, optimizers)
+    with accelerator.main_process_first():  # a folder may have to be put back
+        state = State(recipe.out / "state", trainable, optimizers)
     if accelerator.device.type == "cpu":
         # The backward pass of the fused attention kernel takes 4x as long on short sequences.
         task.model.set_attn_implementation("eager")
@@ -88,20 +94,24 @@ def fit(task: Task, recipe: Recipe, device: torch.device | None = None) -> list[
         for block in task.model.get_decoder().layers:  # one block's code serves them all
             # Not `block.compile`, which would take the hooks that listen there along.
             block.forward = torch.compile(block.forward, dynamic=True)
-    model, *optimizers = accelerator.prepare(task.model, *optimizers)
+    # Which wraps it in autocast, for decoding too; gradients are averaged by `data_parallel`.
+    accelerator.prepare_model(task.model, evaluation_mode=True)
+    optimizers = [accelerator.prepare(optimizer) for optimizer in optimizers]
+    losses_of = data_parallel(Losses(task, share), accelerator.device)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     rates = [group["lr"] for group in groups]
-    writer = SummaryWriter(recipe.out / "tensorboard", purge_step=state.step)
+    writer = SummaryWriter(recipe.out / "tensorboard", purge_step=state.step) if first else None
     clock, saved = time.monotonic() - state.seconds, time.monotonic()
-    model.train()
-    with _progress() as progress:
+    task.model.train()
+    with _progress(shown=first) as progress:
         bar = progress.add_task(recipe.out.name, total=recipe.steps, completed=state.step, note="")
-        for step, batch in task.batches(state.step):
+        for step, batch in task.batches(state.step, share):
             scale = learning_rate_scale(step, recipe)
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate * scale
             torch.manual_seed(recipe.seed + step)  # dropout, where the base has any
-            losses = _update(accelerator, task, model, optimizers, batch, step, recipe.optim.clip)
+            made = _update(accelerator, losses_of, optimizers, batch, step, recipe.optim.clip)
+            losses = over_processes(made, share)
             _check_finite(losses["train_loss"], recipe, step)
             state.running.append(losses)
             state.step, state.seconds = step + 1, time.monotonic() - clock
@@ -111,10 +121,10 @@ def fit(task: Task, recipe: Recipe, device: torch.device | None = None) -> list[
                 state.running.clear()
                 state.note({**means, "lr_scale": scale}, writer)
                 progress.update(bar, note=f"loss {means['train_loss']:.3f}")
-                if not progress.console.is_terminal:
+                if first and not progress.console.is_terminal:
                     parts = " ".join(f"{name} {value:.3f}" for name, value in means.items())
                     print(f"step {state.step} {parts} {state.seconds:.0f} s", flush=True)
-            if state.step % recipe.evaluate_every == 0 or last:
+            if first and (state.step % recipe.evaluate_every == 0 or last):
                 measured = _evaluate(task, step)
                 state.note(measured, writer)
                 progress.print(state.log[-1])
@@ -122,30 +132,31 @@ def fit(task: Task, recipe: Recipe, device: torch.device | None = None) -> list[
                     state.best = measured["dev_loss"]
                     replace_folder(recipe.out / "best", lambda best: task.save(best, state.log))
             at_update = state.step % recipe.optim.accumulate == 0
-            if last or (at_update and time.monotonic() - saved > 60 * recipe.save_minutes):
+            due = at_update and time.monotonic() - saved > 60 * recipe.save_minutes
+            if first and (last or due):
                 for parameter in trainable.values():  # before a loss has come of it
                     _check_finite(parameter.detach().sum().item(), recipe, step)
                 state.save()
                 saved = time.monotonic()
             progress.update(bar, completed=state.step)
-    replace_folder(recipe.out / "last", lambda folder: task.save(folder, state.log))
-    writer.close()
+    if writer:
+        replace_folder(recipe.out / "last", lambda folder: task.save(folder, state.log))
+        writer.close()
     return state.log
 
 
 def _update(
     accelerator: Accelerator,
-    task: Task,
-    model: nn.Module,
+    losses_of: nn.Module,
     optimizers: list[Any],
     batch: Any,
     step: int,
     clip: float,
-) -> dict[str, float]:
+) -> dict[str, Tensor]:
     on_device = {key: value.to(accelerator.device) for key, value in batch.items()}
-    with accelerator.accumulate(model):
+    with accelerator.accumulate(losses_of):
         with accelerator.autocast():
-            losses = task.losses(model, on_device, step)
+            losses = losses_of(on_device, step)
         accelerator.backward(losses["train_loss"])
         if accelerator.sync_gradients:
             groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -153,7 +164,7 @@ def _update(
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    return {name: loss.item() for name, loss in losses.items()}
+    return losses
 
 
 def _check_finite(value: float, recipe: Recipe, step: int) -> None:
@@ -218,6 +229,7 @@ def _is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
     return parameter.dim() == 2 and ".layers." in name
 
 
-def _progress() -> Progress:
+def _progress(*, shown: bool) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    note = TextColumn("{task.fields[note]}")
+    return Progress(*columns, TimeRemainingColumn(), note, disable=not shown)

@@ -35,6 +35,7 @@ from melprobe.training.data import (
 )
 from melprobe.training.distillation import PREFIX, Teacher
 from melprobe.training.frames import FrameLosses, check_phones
+from melprobe.training.processes import WHOLE, Mean, Share, answer_loss
 from melprobe.training.reading import Residual, TokenReader
 from melprobe.training.recipe import Model, SpeechRecipe
 from melprobe.training.start import inherited, take_over
@@ -89,7 +90,7 @@ class SpeechTask:
             check_phones(clip.source for clip in self.clips)
             self.heads = self.frames = FrameLosses(self.model, reader, recipe.frames)
 
-    def batches(self, start: int) -> Iterable[tuple[int, BatchFeature]]:
+    def batches(self, start: int, share: Share = WHOLE) -> Iterable[tuple[int, BatchFeature]]:
         recipe = self.recipe
         _leave_cores_to(recipe.data.workers)
         self.order.start = start
@@ -101,10 +102,13 @@ class SpeechTask:
             recipe.seed,
             frames=recipe.frames is not None,
             teacher=self.teacher.processor if self.teacher else None,
+            share=share,
         )
         return speech_loader(self.order, batches, recipe.data.workers)
 
-    def losses(self, model: Any, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+    def losses(
+        self, model: Any, batch: dict[str, Tensor], step: int, mean: Mean
+    ) -> dict[str, Tensor]:
         """Next-token loss of the answers, and beside it what else the recipe asks."""
         recipe, stage = self.recipe, self.recipe.data.stage_at(step)
         learn = stage.learn
@@ -113,21 +117,21 @@ class SpeechTask:
         heard = {key: batch.pop(key) for key in list(batch) if key.startswith(PREFIX)}
         if learn != "text":
             batch = self.frames.run(model, batch, learn)
-            losses = self.frames(batch, targets, tokens=learn == "tokens")
+            losses = self.frames(batch, targets, tokens=learn == "tokens", mean=mean)
             return {"train_loss": losses.pop("frames"), **losses}
         if "input_features" not in batch:
-            copied = model(**batch).loss
+            copied = answer_loss(model, batch, mean)
             return {"train_loss": copied, "copied": copied}
-        losses = {"nll": model(**batch).loss}
+        losses = {"nll": answer_loss(model, batch, mean)}
         total = losses["nll"]
         if recipe.ctc and step < recipe.ctc.steps:
-            losses["ctc"] = self.ctc.loss(batch)
+            losses["ctc"] = self.ctc.loss(batch, mean)
             total = total + recipe.ctc.weight * losses["ctc"]
         if recipe.distil and self.teacher and step < recipe.distil.steps:
-            losses["distil"] = self.teacher.loss(batch, heard)
+            losses["distil"] = self.teacher.loss(batch, heard, mean)
             total = total + recipe.distil.weight * losses["distil"]
         if recipe.frames and recipe.frames.weight:
-            losses |= self.frames(batch, targets, tokens=True)
+            losses |= self.frames(batch, targets, tokens=True, mean=mean)
             total = total + recipe.frames.weight * losses.pop("frames")
         return {"train_loss": total, **losses}
 
@@ -219,7 +223,8 @@ def _front_parts(settings: Model) -> tuple[MelLLMFeatureExtractor, EncoderStart 
 
 def _leave_cores_to(workers: int) -> None:
     """Threads that wait for a core which a worker has cost a third of the speed on two cores."""
-    torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) - workers)))
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(min(torch.get_num_threads(), max(1, cores - workers)))
 
 
 def _partners(name: str, clips: Sequence[tuple[Utterance, np.ndarray]]) -> list[int]:

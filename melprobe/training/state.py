@@ -39,11 +39,12 @@ class State:
                     f"{folder}: damaged ({type(error).__name__}: {error}); delete it to begin again"
                 ) from None
 
-    def note(self, measured: dict[str, float], writer: SummaryWriter) -> None:
+    def note(self, measured: dict[str, float], writer: SummaryWriter | None) -> None:
         """Add a line to the log: what was measured, at which step and second of training."""
         self.log.append({"step": self.step, "seconds": round(self.seconds, 1), **measured})
-        for name, value in measured.items():
-            writer.add_scalar(name, value, self.step)
+        if writer:
+            for name, value in measured.items():
+                writer.add_scalar(name, value, self.step)
 
     def save(self) -> None:
         replace_folder(self.folder, self._write)

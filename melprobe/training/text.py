@@ -20,6 +20,7 @@ from melprobe.corpus.sentences import read_sentences, word_sequences
 from melprobe.corpus.text import plain_text
 from melprobe.errors import UsageError
 from melprobe.model.chat import ANSWER
+from melprobe.training.processes import Mean, Share, answer_loss
 from melprobe.training.recipe import TextRecipe
 
 BOS, EOS = "<|bos|>", "<|eos|>"
@@ -65,12 +66,18 @@ class TextTask:
         )
         self.heads = nn.Module()  # none
 
-    def batches(self, start: int) -> Iterable[tuple[int, dict[str, Tensor]]]:
+    def batches(self, start: int, share: Share) -> Iterable[tuple[int, dict[str, Tensor]]]:
         for step in range(start, self.recipe.steps):
-            yield step, self._batch(self._examples(random.Random(f"{self.recipe.seed} {step}")))
+            examples = self._examples(random.Random(f"{self.recipe.seed} {step}"))
+            batch = self._batch([examples[i] for i in share.places(len(examples))])
+            if share.idle(len(examples)):
+                batch["idle"] = torch.tensor(True)
+            yield step, batch
 
-    def losses(self, model: Any, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        return {"train_loss": model(**batch).loss}
+    def losses(
+        self, model: Any, batch: dict[str, Tensor], step: int, mean: Mean
+    ) -> dict[str, Tensor]:
+        return {"train_loss": answer_loss(model, batch, mean)}
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Loss per token on unseen sentences, plain and copied."""

@@ -1,0 +1,132 @@
+"""Several processes that train one model, each on its share of every batch.
+
+Batch number n holds the same clips, changed in the same ways, however many processes there are, so
+that a run may go on with another number of them. Losses are means over tokens, patches or clips, of
+which the shares hold unlike numbers: each process divides its own sum by the number in all shares,
+so that gradients, averaged over processes, are those of one process that had the whole batch.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from melprobe.errors import UsageError
+
+# The others wait for the first while it measures and saves.
+_PATIENCE = timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of every batch a process has."""
+
+    rank: int = 0
+    processes: int = 1
+
+    def places(self, count: int) -> list[int]:
+        """In a batch of `count`; the first for an idle process, which has to run something."""
+        return list(range(self.rank, count, self.processes)) or [0]
+
+    def idle(self, count: int) -> bool:
+        """Whether a batch of `count` has nothing for it, so that what it runs must not count."""
+        return self.rank >= count
+
+
+WHOLE = Share()
+"""That of a single process."""
+
+
+class Mean(Protocol):
+    """A mean from this process' sum and number of terms; 0 of none."""
+
+    def __call__(self, total: Tensor, count: Tensor | int) -> Tensor: ...
+
+
+def own_mean(total: Tensor, count: Tensor | int) -> Tensor:
+    """Over what this process has."""
+    return total / torch.as_tensor(count).clamp(min=1)
+
+
+def shared_mean(total: Tensor, count: Tensor | int) -> Tensor:
+    """What averaged over the processes is the mean over what all of them have."""
+    everyone = torch.as_tensor(count, dtype=torch.float32).to(total.device, copy=True)
+    distributed.all_reduce(everyone)
+    return total * distributed.get_world_size() / everyone.clamp(min=1)
+
+
+def idle_mean(total: Tensor, count: Tensor | int) -> Tensor:
+    """`shared_mean` of a process whose share is empty."""
+    return shared_mean(total * 0, 0)
+
+
+def answer_loss(model: Any, batch: Mapping[str, Tensor], mean: Mean) -> Tensor:
+    """Nat per labelled token of a language model's batch."""
+    labelled = (batch["labels"][:, 1:] != -100).sum()
+    return mean(model(**batch).loss * labelled, labelled)
+
+
+class Losses(nn.Module):
+    """What `task` minimises in a step, as one module over all that learns."""
+
+    def __init__(self, task: Any, share: Share):
+        super().__init__()
+        self.model, self.heads = task.model, task.heads
+        self.task = task
+        self.share = share
+
+    def forward(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        mean: Mean = own_mean if self.share.processes == 1 else shared_mean
+        if "idle" in batch:
+            del batch["idle"]
+            mean = idle_mean
+        return self.task.losses(self.model, batch, step, mean)
+
+
+def make_accelerator(device: torch.device, *, bf16: bool, accumulate: int) -> Accelerator:
+    """On all processes that torchrun started; UsageError where it does not find them."""
+    # Accelerate keeps one state a process, which would refuse a second run (a notebook's) on
+    # another device or in another precision; it has no public way to begin anew.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(
+        mixed_precision="bf16" if bf16 else "no",
+        gradient_accumulation_steps=accumulate,
+        cpu=device.type == "cpu",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+    )
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != started:
+        raise UsageError(
+            f"{started} processes were started, and accelerate sees {accelerator.num_processes}: "
+            "start them with torchrun"
+        )
+    return accelerator
+
+
+def data_parallel(losses: Losses, device: torch.device) -> nn.Module:
+    """`losses`, with gradients averaged over the processes where there are several."""
+    if losses.share.processes == 1:
+        return losses
+    return DistributedDataParallel(
+        losses,
+        device_ids=[device] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        find_unused_parameters=True,  # stages differ in what learns
+    )
+
+
+def over_processes(losses: Mapping[str, Tensor], share: Share) -> dict[str, float]:
+    """Losses of the whole batch, the same in every process."""
+    values = torch.stack([loss.detach().float() for loss in losses.values()])
+    if share.processes > 1:
+        distributed.all_reduce(values)
+        values /= share.processes
+    return dict(zip(losses, values.tolist(), strict=True))
