@@ -142,6 +142,8 @@ def fit(task: Task, recipe: Recipe, device: torch.device | None = None) -> list[
     if writer:
         replace_folder(recipe.out / "last", lambda folder: task.save(folder, state.log))
         writer.close()
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
     return state.log
 
 

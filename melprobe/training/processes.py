@@ -118,7 +118,6 @@ def data_parallel(losses: Losses, device: torch.device) -> nn.Module:
     return DistributedDataParallel(
         losses,
         device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,
         find_unused_parameters=True,  # stages differ in what learns
     )
 
