@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train.add_argument(
         "--batch-seconds", type=float, help="audio in a batch; the recipe's if not given"
     )
-    train.add_argument("--device", help="cpu, cuda or cuda:N; the best there is by default")
+    train.add_argument("--device", choices=("cpu", "cuda"), help="the best there is by default")
     options = p.parse_args(argv)
     commands = {"mel": lambda _: bench_mel(), "sweep": _sweep, "capture": _capture, "train": _train}
     figures: Mapping[str, object] = commands[options.what](options)

@@ -3,9 +3,9 @@
 Both minimise the next-token loss alone, in one process and bfloat16 autocast, clip gradients,
 change clips in the same ways in as many data workers, and move the same weights by fused AdamW (the
 Trainer has no Muon and no framewise targets). The Trainer groups clips by length and takes as many
-in a batch as ours hold on average; its model is what `from_pretrained` would give, in float32. It
-runs plain and with `torch_compile`, and the faster counts. It has as many threads as ours, which on
-two cores is faster than its default.
+in a batch as ours hold on average; its model is what `from_pretrained` would give, in float32 and
+with the attention that transformers takes. It runs plain and with `torch_compile`, and the faster
+counts. It has as many threads as ours, which on two cores is faster than its default.
 
 Positions that are not padding are counted, from the first step after the warm-up to the end of the
 last. MFU: 2 flop per weight and position forward, 2 backward for what enters it, 2 more for weights
@@ -283,35 +283,32 @@ def _theirs(recipe: SpeechRecipe, clips: int, device: torch.device, *, compiled:
         return loader[next(numbers), [item["clip"] for item in items]][1]
 
     optim, workers = recipe.optim, recipe.data.workers
-    trainer = _TimedTrainer(
-        task.model,
-        TrainingArguments(
-            output_dir=str(recipe.out / "trainer"),
-            per_device_train_batch_size=clips,
-            max_steps=recipe.steps,
-            train_sampling_strategy="group_by_length",
-            dataloader_num_workers=workers,
-            dataloader_prefetch_factor=4 if workers else None,
-            remove_unused_columns=False,
-            bf16=True,
-            optim="adamw_torch_fused",
-            learning_rate=optim.lr,
-            weight_decay=optim.weight_decay,
-            adam_beta1=optim.betas[0],
-            adam_beta2=optim.betas[1],
-            max_grad_norm=optim.clip,
-            warmup_steps=optim.warmup,
-            lr_scheduler_type="cosine",
-            torch_compile=compiled,
-            use_cpu=device.type == "cpu",
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        ),
-        data_collator=collate,
-        train_dataset=_Clips(task),
+    settings = TrainingArguments(
+        output_dir=str(recipe.out / "trainer"),
+        per_device_train_batch_size=clips,
+        max_steps=recipe.steps,
+        train_sampling_strategy="group_by_length",
+        dataloader_num_workers=workers,
+        dataloader_prefetch_factor=4 if workers else None,
+        remove_unused_columns=False,
+        bf16=True,
+        optim="adamw_torch_fused",
+        learning_rate=optim.lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.betas[0],
+        adam_beta2=optim.betas[1],
+        max_grad_norm=optim.clip,
+        warmup_steps=optim.warmup,
+        lr_scheduler_type="cosine",
+        torch_compile=compiled,
+        use_cpu=device.type == "cpu",
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
     )
+    settings._n_gpu = 1  # or it would spread each batch over all there are
+    trainer = _TimedTrainer(task.model, settings, data_collator=collate, train_dataset=_Clips(task))
     trainer.pace = Pace(device)
     trainer.train()
     trainer.pace.end()
