@@ -82,6 +82,7 @@ def test_the_training_bench_trains_both_on_the_same_clips(folder, tmp_path, caps
     bench.main(["train", "--json", *words, "--steps", "3", "--device", "cpu"])
     figures = json.loads(capsys.readouterr().out)
     assert figures["tokens_per_s"] > 0 and figures["ratio_trainer"] > 0
+    assert figures["ratio_trainer_cpu"] > 0
     assert 0 < figures["mfu"] < 1
     assert figures["trainer"] == "plain" and "ratio_without_compile" not in figures
     assert 4 <= figures["clips_per_step"] <= 8  # 0.4 to 0.9 s each
