@@ -148,7 +148,7 @@ def test_the_judge_and_other_models_are_no_encoders(sources):
 
 
 def test_a_front_and_its_encoder_go_together():
-    with pytest.raises(UsageError, match="encoder_config goes with whisper alone"):
+    with pytest.raises(UsageError, match="encoder_config goes with whisper and phi4 alone"):
         tiny_config(audio_front="whisper")
     with pytest.raises(UsageError, match="frames_per_patch 1"):
         tiny_config(audio_front="whisper", encoder_config=SMALL, frames_per_patch=1)

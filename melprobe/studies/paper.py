@@ -43,36 +43,34 @@ class Study(NamedTuple):
     """what a reader must know beside the table"""
 
 
-NO_ENCODER: dict[str, Any] = {}
-
-
 def initialisation(size: Size) -> Study:
     random_encoder = {**size.twin, **size.random_encoder}
+    has_heard, of = _trained_lora(size, "pretrained-random")
     arms = (
         Arm("pretrained-random", "pretrained encoder, random LoRA", size.twin),
         Arm(
             "pretrained-pretrained",
             "pretrained encoder, pretrained LoRA",
-            size.twin,
+            {**size.twin, **has_heard},
             5.61,
-            "pretrained-random",
+            of,
         ),
         Arm("random-random", "random encoder, random LoRA", random_encoder),
         Arm(
             "random-pretrained",
             "random encoder, pretrained LoRA",
-            random_encoder,
+            {**random_encoder, **has_heard},
             6.97,
-            "pretrained-random",
+            of,
         ),
         Arm(
             "none-pretrained",
             "no encoder, pretrained LoRA",
-            NO_ENCODER,
+            {**size.bare, **has_heard},
             7.12,
-            "pretrained-random",
+            of,
         ),
-        Arm("none-random", "no encoder, random LoRA", NO_ENCODER, 7.44),
+        Arm("none-random", "no encoder, random LoRA", size.bare, 7.44),
     )
     return Study(
         "initialisation",
@@ -94,7 +92,7 @@ def data_scale(size: Size) -> Study:
         place = scale.replace("/", "-").replace(" ", "")
         for name, label, front in (
             ("encoder", "pretrained encoder", size.twin),
-            ("none", "no encoder", NO_ENCODER),
+            ("none", "no encoder", size.bare),
         ):
             changes = {**front, "data.train": train}
             arms.append(Arm(f"{name}-{place}", f"{label}, {scale} of the data", changes))
@@ -140,16 +138,18 @@ def freezing(size: Size) -> Study:
     n = size.n_layers
     tops = {eighths: range(n - max(1, round(n * eighths / 8)), n) for eighths in (1, 2, 3, 4)}
     paper = {1: 7.40, 2: 7.43, 3: 7.77, 4: 7.94}
+    has_heard, of = _trained_lora(size, "all")
+    started = {**size.bare, **has_heard}
     arms = [
-        Arm("all", "LoRA on all blocks", NO_ENCODER, 7.12),
-        Arm("all-started", "LoRA on all blocks, from a trained one", NO_ENCODER, None, "all"),
+        Arm("all", "LoRA on all blocks", size.bare, 7.12),
+        Arm("all-started", "LoRA on all blocks, from a trained one", started, None, of),
     ]
     order = [("all", "removed-1")]
     for eighths, top in tops.items():
         blocks = format_layers(top)
         kept = list(range(top[0]))
-        removed = {"model.lora.layers": kept}
-        held = {"model.lora.held": list(top)}
+        removed = {**size.bare, "model.lora.layers": kept}
+        held = {**started, "model.lora.held": list(top)}
         arms += [
             Arm(f"removed-{eighths}", f"none on {blocks}", removed, paper[eighths]),
             Arm(
@@ -157,12 +157,12 @@ def freezing(size: Size) -> Study:
                 f"held on {blocks} at a trained one",
                 held,
                 None,
-                "all",
+                of,
             ),
             Arm(
                 f"off-{eighths}",
                 f"trained on all, switched off on {blocks}",
-                NO_ENCODER,
+                size.bare,
                 None,
                 "",
                 tuple(top),
@@ -183,9 +183,10 @@ def freezing(size: Size) -> Study:
 
 
 def masking(size: Size) -> Study:
-    ahead = {**size.long, "model.audio_attention": "bidirectional"}
+    long = {**size.bare, **size.long}
+    ahead = {**long, "model.audio_attention": "bidirectional"}
     arms = (
-        Arm("causal", "causal", size.long),
+        Arm("causal", "causal", long),
         Arm("bidirectional", "bidirectional in the audio", ahead),
     )
     return Study(
@@ -208,6 +209,13 @@ STUDIES: dict[str, Callable[[Size], Study]] = {
     "freezing": freezing,
     "masking": masking,
 }
+
+
+def _trained_lora(size: Size, arm: str) -> tuple[dict[str, Any], str]:
+    """Changes that take a trained adapter, and the arm it is taken from if it is an arm's."""
+    if size.pretrained_lora:
+        return {"model.lora.init": size.pretrained_lora}, ""
+    return {}, arm
 
 
 def _by_paper(arms: tuple[Arm, ...]) -> tuple[tuple[str, str], ...]:

@@ -34,6 +34,10 @@ class Size(BaseModel):
     """Of its base."""
     seeds: Annotated[int, Field(ge=1)]
     test: Test
+    bare: dict[str, Any] = {}
+    """What makes of its recipe that of the encoder-free arm, by dotted field, if it isn't yet."""
+    pretrained_lora: str = ""
+    """An adapter that has heard; when not given, what the study's own twin was trained to."""
     twin: dict[str, Any]
     """What makes of its recipe that of the encoder-initialised twin, by dotted field."""
     random_encoder: dict[str, Any]
@@ -49,6 +53,8 @@ class Size(BaseModel):
     devices: Annotated[int, Field(ge=1)] = 1
     tflops: Annotated[float, Field(gt=0)]
     """What one device multiplies in bfloat16 at best, 10^12 flop a second."""
+    memory_gb: Annotated[float, Field(gt=0)]
+    """Of one device."""
     utilisation: Annotated[float, Field(gt=0, le=1)] = 0.3
     """How much of that training is taken to reach."""
 
