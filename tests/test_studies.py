@@ -54,6 +54,7 @@ def tiny_size(folder, tmp_path_factory):
                 "workers": 0,
             },
         },
+        "plain": {"data.stages": [{"steps": 2}], "frames": None},
         "twin": {"model.front": "whisper", "model.encoder.name": str(place / "whisper")},
         "random_encoder": {"model.encoder.weights": "random", "model.encoder.train": True},
         "more": [{"manifest": str(place / "train.jsonl"), "repeat": 2}],
@@ -128,6 +129,15 @@ def test_studies_share_runs_and_switch_a_trained_adapter_off(
     held = json.loads((folder_of["held-4"] / "recipe.json").read_text())["model"]["lora"]
     assert kept["layers"] == [0, 1] and held["held"] == [2, 3]
     assert held["init"] == f"{shared}/last"
+
+
+def test_a_teacher_is_another_arms_checkpoint(tiny_size):
+    size = read_size(str(tiny_size))
+    runs = {r.arm.name: r for r in plan(STUDIES["alignment"](size), size, 1, Path("runs"))}
+    distil = runs["distilled"].recipe.distil
+    assert distil is not None and distil.teacher == str(runs["twin"].checkpoint)
+    stages = runs["front-first"].recipe.data.stages
+    assert [(stage.steps, stage.train) for stage in stages] == [(1, "front"), (1, "all")]
 
 
 def test_clips_of_some_lengths_are_scored_apart(tiny_size, place, in_process):

@@ -23,7 +23,9 @@ class Arm(NamedTuple):
     paper: float | None = None
     """word error rate that the paper reports, per cent"""
     start: str = ""
-    """the arm whose adapter it starts from, of the same seed"""
+    """another arm whose checkpoint, of the same seed, it needs"""
+    start_field: str = "model.lora.init"
+    """of its recipe, that names this checkpoint: its adapter is taken over, or it is the teacher"""
     without_lora: tuple[int, ...] = ()
     """blocks in which the adapter is switched off when it is tested; nothing is trained for it"""
 
@@ -163,9 +165,7 @@ def freezing(size: Size) -> Study:
                 f"off-{eighths}",
                 f"trained on all, switched off on {blocks}",
                 size.bare,
-                None,
-                "",
-                tuple(top),
+                without_lora=tuple(top),
             ),
         ]
         if eighths > 1:
@@ -202,12 +202,51 @@ def masking(size: Size) -> Study:
     )
 
 
+def alignment(size: Size) -> Study:
+    """Not in the paper: what helps a decoder to find out which patch each word came from."""
+    middle = size.n_layers // 2
+    plain = {**size.bare, **size.plain}
+    stages: list[dict[str, Any]] = size.plain["data.stages"]
+    steps = sum(stage["steps"] for stage in stages)
+    first = {**stages[0], "steps": max(1, stages[0]["steps"] // 10)}
+    rest = {**stages[0], "steps": stages[0]["steps"] - first["steps"]}
+    front_first = {"data.stages": [{**first, "train": "front"}, rest, *stages[1:]]}
+    distil = {"distil.layer": middle, "distil.steps": steps}
+    arms = (
+        Arm("alone", "next tokens alone", plain),
+        Arm("front-first", "the front alone for the first tenth", {**plain, **front_first}),
+        Arm(
+            "ctc", f"CTC after block {middle}", {**plain, "ctc": {"layer": middle, "steps": steps}}
+        ),
+        Arm("twin", "the twin, next tokens alone", {**size.twin, **size.plain}),
+        Arm(
+            "distilled",
+            f"the twin's residuals after block {middle}",
+            {**plain, **distil},
+            None,
+            "twin",
+            "distil.teacher",
+        ),
+        Arm("times", "phones and tokens at known times", size.bare),
+    )
+    helped = ("front-first", "ctc", "distilled", "times")
+    return Study(
+        "alignment",
+        "What helps a decoder without an encoder to align words with sounds?",
+        "",
+        arms,
+        tuple((arm, "alone") for arm in helped),
+        note="All had as many steps; the last spends some of them on the lower blocks alone.",
+    )
+
+
 STUDIES: dict[str, Callable[[Size], Study]] = {
     "initialisation": initialisation,
     "data-scale": data_scale,
     "token-rate": token_rate,
     "freezing": freezing,
     "masking": masking,
+    "alignment": alignment,
 }
 
 
