@@ -86,10 +86,10 @@ def load_encoder(folder: Path, config: PreTrainedConfig) -> nn.Module:
     """The encoder of `config` in float32; UsageError when a tensor is missing or damaged."""
     if isinstance(config, Phi4MultimodalAudioConfig):
         return phi4.load_audio_encoder(folder, config)
-    return _load_whisper(folder)
+    return _load_whisper(folder, config)
 
 
-def _load_whisper(folder: Path) -> WhisperEncoder:
+def _load_whisper(folder: Path, config: PreTrainedConfig) -> WhisperEncoder:
     try:
         model, found = WhisperForConditionalGeneration.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True
@@ -98,8 +98,9 @@ def _load_whisper(folder: Path) -> WhisperEncoder:
         raise UsageError(f"encoder {folder}: {' '.join(str(error).split())}") from None
     if missing := sorted(name for name in found["missing_keys"] if ".encoder." in name):
         raise UsageError(f"encoder {folder}: {len(missing)} tensors are missing: {missing[0]} …")
-    encoder = model.get_encoder()
-    encoder.embed_positions.requires_grad_(False)  # sinusoids, which loading takes for weights
+    # Anew, because loading takes its sinusoids for weights and makes another config object.
+    encoder = WhisperEncoder(config)
+    encoder.load_state_dict(model.get_encoder().state_dict())
     return encoder
 
 
