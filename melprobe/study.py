@@ -14,8 +14,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from melprobe.analysis.protocol import choose
-from melprobe.corpus.manifest import find_manifest, read_manifest
 from melprobe.errors import Parser, UsageError, check_writable, run
 from melprobe.report.studies import markdown
 from melprobe.store import provenance
@@ -49,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = options.out or Path("reports") / f"study-{study.name}-{Path(options.size).stem}"
     check_writable(out, f"--out {out}")
     check_writable(options.runs, f"--runs {options.runs}")
-    drawn = choose(read_manifest(find_manifest(size.test.manifest)), size.test.clips, seed=0)
+    drawn = size.test.drawn()
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task(study.name, total=2 * len(runs))
 

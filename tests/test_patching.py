@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from melprobe.analysis.study import clip_bytes
 from melprobe.errors import UsageError
 from melprobe.hooks.maps import ResidualMap
 from melprobe.hooks.patching import patch
+from melprobe.model.memory import peak_bytes
 from tests.tiny import N_LAYERS, TEXTS, log_probs, tiny_listener, waves
 
 
@@ -154,3 +156,14 @@ def test_a_map_needs_the_same_positions_and_enough_of_them(lm, clips):
         ResidualMap(rows, [row[1:] for row in rows])
     with pytest.raises(UsageError, match="positions for a map from 32 dimensions"):
         ResidualMap(rows, rows)
+
+
+def test_the_memory_of_attribution_is_counted(lm):
+    """Of what a study holds and of the graph that the backward pass needs."""
+    clips, texts = waves(2.0, 2.0, 2.0, 2.0), ["please hold the number three"] * 4
+    weights = sum(p.nbytes for p in (*lm.model.parameters(), *lm.model.buffers()))
+    taken = peak_bytes(lm.model, lambda: lm.attribution(clips, clips[::-1], texts)) - weights
+    counted = sum(clip_bytes(lm, clip, texts[0], 0, gradients=True) for clip in clips)
+    without = sum(clip_bytes(lm, clip, texts[0], 0) for clip in clips)
+    assert without < taken  # or there would be nothing to count
+    assert 0.5 < taken / counted < 1.2

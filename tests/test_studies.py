@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from transformers import WhisperForConditionalGeneration
 
 from melprobe import study
 from melprobe.analysis.seeds import difference_over_seeds, over_seeds
@@ -16,9 +17,11 @@ from melprobe.errors import UsageError
 from melprobe.model.ancestry import read_ancestors
 from melprobe.report.studies import sentence
 from melprobe.studies import running
+from melprobe.studies.budget import TOKENS_PER_SECOND, count
 from melprobe.studies.paper import STUDIES
 from melprobe.studies.running import plan
 from melprobe.studies.sizes import FOLDER, read_size
+from melprobe.training.speech import SpeechTask
 from tests.test_whisper_front import whisper_folder
 
 
@@ -33,6 +36,7 @@ def tiny_size(folder, tmp_path_factory):
     size = {
         "hardware": "a test",
         "tflops": 0.1,
+        "memory_gb": 1,
         "n_layers": 4,
         "seeds": 2,
         "test": {"manifest": str(place / "dev.jsonl")},
@@ -50,6 +54,7 @@ def tiny_size(folder, tmp_path_factory):
                 "workers": 0,
             },
         },
+        "plain": {"data.stages": [{"steps": 2}], "frames": None},
         "twin": {"model.front": "whisper", "model.encoder.name": str(place / "whisper")},
         "random_encoder": {"model.encoder.weights": "random", "model.encoder.train": True},
         "more": [{"manifest": str(place / "train.jsonl"), "repeat": 2}],
@@ -126,6 +131,15 @@ def test_studies_share_runs_and_switch_a_trained_adapter_off(
     assert held["init"] == f"{shared}/last"
 
 
+def test_a_teacher_is_another_arms_checkpoint(tiny_size):
+    size = read_size(str(tiny_size))
+    runs = {r.arm.name: r for r in plan(STUDIES["alignment"](size), size, 1, Path("runs"))}
+    distil = runs["distilled"].recipe.distil
+    assert distil is not None and distil.teacher == str(runs["twin"].checkpoint)
+    stages = runs["front-first"].recipe.data.stages
+    assert [(stage.steps, stage.train) for stage in stages] == [(1, "front"), (1, "all")]
+
+
 def test_clips_of_some_lengths_are_scored_apart(tiny_size, place, in_process):
     _, masking = run(tiny_size, place, "masking", "--seeds", "1")
     assert [(arm["arm"], arm["seconds"]) for arm in masking["arms"]] == [
@@ -171,6 +185,42 @@ def test_every_study_is_planned_at_every_size(name, size):
     assert all({a, b} <= names for a, b in arms.order)
 
 
+def test_a_budget_counts_what_learns_and_what_it_takes(tiny_size, capsys):
+    size = read_size(str(tiny_size))
+    study_of = STUDIES["initialisation"](size)
+    runs = {run.arm.name: run for run in plan(study_of, size, 1, Path("runs"))}
+    bare, twin = (count(runs[arm].recipe, 1) for arm in ("none-random", "pretrained-random"))
+    task = SpeechTask(runs["none-random"].recipe)
+    assert bare.parameters == sum(p.numel() for p in task.model.parameters())
+    learning = [p.numel() for p in task.model.parameters() if p.requires_grad]
+    assert bare.learning == sum(learning)
+    assert bare.positions == 2 * 3 * (12.5 + TOKENS_PER_SECOND)
+    assert bare.flop == (4 * bare.parameters + 2 * bare.learning) * bare.positions
+    encoder = read_size(str(tiny_size)).twin["model.encoder.name"]
+    heard = WhisperForConditionalGeneration.from_pretrained(encoder).get_encoder()
+    n = sum(p.numel() for p in heard.parameters())
+    decoder = twin.parameters - n
+    # What stays as it was is run up alone, four times as often as the decoder.
+    expected = (4 * decoder + 2 * twin.learning) * twin.positions + 2 * n * 2 * 3 * 50
+    assert twin.flop == pytest.approx(expected)
+    study.main(["initialisation", "--size", str(tiny_size), "--seeds", "3", "--dry-run"])
+    assert "18 training runs" in capsys.readouterr().out
+
+
+def test_the_papers_own_size_is_the_papers(capsys):
+    """Its LoRA has 460 M parameters and its decoder 3.8 G, by the report on Phi-4-multimodal."""
+    size = read_size("full")
+    runs = plan(STUDIES["initialisation"](size), size, 1, Path("runs"))
+    found = {run.arm.name: count(run.recipe, size.devices) for run in runs}
+    bare, twin = found["none-random"], found["random-random"]
+    assert 450e6 < bare.learning < 500e6 and 4.2e9 < bare.parameters < 4.3e9
+    assert 420e6 < twin.learning - bare.learning < 440e6  # the Conformer
+    hours = 135_000 * 320 * 16 / 3600
+    assert hours == pytest.approx(3 * 64_000, rel=0.01)
+    study.main(["token-rate", "--size", "full", "--dry-run"])
+    assert "more than the 80 GB of a device: 100 Hz" in capsys.readouterr().out
+
+
 def test_bad_sizes_are_one_line(tiny_size, tmp_path):
     def refused(match, **changes):
         size = yaml.safe_load(tiny_size.read_text()) | changes
@@ -182,7 +232,7 @@ def test_bad_sizes_are_one_line(tiny_size, tmp_path):
     refused("tflops: Input should be greater than 0", tflops=-1)
     refused("color: .*", color="red")
     refused("model: Field required|recipe|data", recipe={})
-    with pytest.raises(UsageError, match="--size huge: there are mini"):
+    with pytest.raises(UsageError, match="--size huge: there are full, mini, smol"):
         study.main(["token-rate", "--size", "huge"])
     with pytest.raises(UsageError, match="--seeds 0"):
         study.main(["token-rate", "--size", str(tiny_size), "--seeds", "0"])

@@ -112,6 +112,7 @@ def test_an_encoder_that_stays_as_it_was_is_not_saved_but_found_again(
     learning = [n for n, p in encoder.named_parameters() if p.requires_grad]
     assert bool(learning) == learns and "embed_positions.weight" not in learning
     assert any(name.startswith("audio_front.encoder.") for name in adapter_state(model)) == saved
+    assert encoder.config is model.config.encoder_config  # or settings would not reach it
     original = WhisperForConditionalGeneration.from_pretrained(sources / "whisper").get_encoder()
     taken = torch.equal(encoder.conv1.weight, original.conv1.weight)
     assert taken == start.get("pretrained", True)
@@ -148,7 +149,7 @@ def test_the_judge_and_other_models_are_no_encoders(sources):
 
 
 def test_a_front_and_its_encoder_go_together():
-    with pytest.raises(UsageError, match="encoder_config goes with whisper alone"):
+    with pytest.raises(UsageError, match="encoder_config goes with whisper and phi4 alone"):
         tiny_config(audio_front="whisper")
     with pytest.raises(UsageError, match="frames_per_patch 1"):
         tiny_config(audio_front="whisper", encoder_config=SMALL, frames_per_patch=1)

@@ -48,7 +48,7 @@ class LayerStudy:
         UsageError when one of them doesn't fit alone.
         """
         sizes = [
-            clip_bytes(listener, given, u.text, self.max_new_tokens)
+            clip_bytes(listener, given, u.text, self.max_new_tokens, self.question.cut == "patch")
             for u, given in zip(self.utterances, self.given, strict=True)
         ]
         most = self.memory_mb * 500_000
@@ -72,10 +72,13 @@ class LayerStudy:
         )
 
 
-def clip_bytes(listener: Listener, given: Given, text: str, max_new_tokens: int) -> int:
+def clip_bytes(
+    listener: Listener, given: Given, text: str, max_new_tokens: int, gradients: bool = False
+) -> int:
     """About what a clip takes in a batch; see `melprobe.model.memory.study_bytes`."""
     answers = len(listener.processor.answer_ids(plain_text(text))) + max_new_tokens
-    return study_bytes(listener.model, listener.positions(given, answers), answers)
+    positions = listener.positions(given, answers)
+    return study_bytes(listener.model, positions, answers, gradients=gradients)
 
 
 def swap_partners(utterances: Sequence[Utterance]) -> list[int]:

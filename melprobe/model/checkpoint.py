@@ -13,9 +13,15 @@ import torch
 from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from melprobe.errors import UsageError
+from melprobe.model import phi4
 from melprobe.model.adapter import (
     ADAPTER,
     adapter_state,
@@ -53,27 +59,34 @@ def create(
 ) -> tuple[MelLLMForConditionalGeneration, MelLLMProcessor]:
     """A fresh Mel-LLM over a base language model, with a new audio front and a new adapter.
 
-    encoder: of the `whisper` front. config: the audio fields of `MelLLMConfig`. With an adapter
-    (`lora`) the base is frozen.
+    base: a language model, or a Phi-4-multimodal, which gives its text decoder. encoder: of the
+    `whisper` and `phi4` fronts; a `phi4` front over its own decoder has the trained projection
+    too. config: the audio fields of `MelLLMConfig`. With an adapter (`lora`) the base is frozen.
     """
     folder = resolve_base(base)
-    language_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    language_model = _load_base(folder)
     language_model.config.name_or_path = ""  # a path of this machine; `base` is the name
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    sha256 = base_sha256(folder)
     if encoder:
-        encoder_folder = resolve_encoder(encoder.name)
-        config["encoder_config"] = encoder_config(encoder_folder)
+        heard = resolve_encoder(encoder.name)
+        front = config.get("audio_front", "whisper")
+        config["encoder_config"] = encoder_config(heard, front, encoder.conformer)
+        heard_sha256 = sha256 if heard == folder else base_sha256(heard)
         if encoder.stays:
-            config |= {"encoder": encoder.name, "encoder_sha256": base_sha256(encoder_folder)}
+            config |= {"encoder": encoder.name, "encoder_sha256": heard_sha256}
     mel_config = MelLLMConfig(
         text_config=language_model.config,
         n_mels=feature_extractor.feature_size,
         base=base,
-        base_sha256=base_sha256(folder),
+        base_sha256=sha256,
         **config,
     )
     processor = MelLLMProcessor(
-        feature_extractor, tokenizer, mel_config.frames_per_patch, before=prompt[0], after=prompt[1]
+        feature_extractor,
+        _load_tokenizer(folder),
+        mel_config.frames_per_patch,
+        before=prompt[0],
+        after=prompt[1],
     )
     mel_config.audio_token_id = processor.audio_token_id
     with torch.device("meta"):
@@ -83,13 +96,30 @@ def create(
     match_scale(model.audio_front, language_model.get_input_embeddings().weight)
     if encoder:
         if encoder.pretrained:
-            model.audio_front.encoder = load_encoder(encoder_folder)
+            model.audio_front.encoder = load_encoder(heard, mel_config.encoder_config)
+            if front == "phi4" and heard_sha256 == sha256:  # it leads into this decoder
+                phi4.load_projection(heard, model.audio_front)
         if not encoder.trained:
             model.audio_front.encoder.requires_grad_(False)
     model.generation_config = token_ids_only(language_model.generation_config)
     if lora:
         add_lora(model, lora)
     return model, processor
+
+
+def _load_base(folder: Path, attention: str | None = None) -> PreTrainedModel:
+    if phi4.is_phi4(folder):
+        return phi4.load_decoder(folder, attention)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=attention
+    )
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    if phi4.is_phi4(folder):
+        # The hub's folder names code of its own, and a class that would split words otherwise.
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def save(
@@ -196,7 +226,7 @@ def load_processor(folder: Path, config: MelLLMConfig) -> MelLLMProcessor:
     settings = _read_settings(folder)
     return MelLLMProcessor(
         MelLLMFeatureExtractor(**settings["feature_extractor"]),
-        AutoTokenizer.from_pretrained(resolve_base(config.base)),
+        _load_tokenizer(resolve_base(config.base)),
         config.frames_per_patch,
         before=settings["before"],
         after=settings["after"],
@@ -229,12 +259,12 @@ def load_model(
     attention = config._attn_implementation  # None unless asked for; making the model fills it in
     with torch.device("meta"):
         model = MelLLMForConditionalGeneration(config)
-    model.language_model = AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.float32, attn_implementation=attention
-    )
+    model.language_model = _load_base(base, attention)
     model.audio_front.to_empty(device="cpu")
     if config.encoder:
-        encoder = frozen_encoder(config.encoder, config.encoder_sha256, str(folder))
+        encoder = frozen_encoder(
+            config.encoder, config.encoder_sha256, config.encoder_config, str(folder)
+        )
         model.audio_front.encoder = encoder.requires_grad_(False)
     model.generation_config = token_ids_only(model.language_model.generation_config)
     add_lora(model, LoraConfig(**settings["lora"]))

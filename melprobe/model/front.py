@@ -13,6 +13,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from melprobe.audio.mel import FRAMES_PER_SECOND
 from melprobe.errors import UsageError
 from melprobe.model.config import MelLLMConfig
+from melprobe.model.phi4 import audio_encoder
 
 
 def _blank_padding(x: Tensor, lengths: Tensor) -> Tensor:
@@ -41,8 +42,9 @@ class LinearFront(nn.Module):
 class ConvFront(nn.Module):
     """Strided depth-wise convolutions, then a two-layer projection.
 
-    The shape of Phi-4-multimodal's subsampler (NeMo's `dw_striding`): log2(r) stages of kernel 3
-    and stride 2 in time and frequency. At r = 1 only the projection is left.
+    Much like Phi-4-multimodal's subsampler (NeMo's `dw_striding`): log2(r) stages of kernel 3 and
+    stride 2 in time and frequency. That one has ReLU for GELU and one more linear layer, so its
+    weights go into `Phi4Front`. At r = 1 only the projection is left.
     """
 
     def __init__(self, config: MelLLMConfig):
@@ -128,10 +130,67 @@ class WhisperFront(nn.Module):
         return _blank_padding(encoder.layer_norm(x), lengths)
 
 
+# Positions that Phi-4's encoder hears at once, 40 s; it takes up a longer clip in such windows.
+_WINDOW = 500
+
+
+class Phi4Front(nn.Module):
+    """Phi-4-multimodal's audio encoder, a Conformer (arXiv 2503.01743), and two-layer projection.
+
+    Without Conformer blocks (`encoder_config.num_blocks` 0) its convolutional subsampler is left,
+    which is the encoder-free front of arXiv 2606.10231. Frames come normalised by that model's own
+    means and deviations. Of one clip it makes what transformers does. In a batch transformers lets
+    shorter clips hear the padding (its mask adds 1 to the scores of what is valid, and hides
+    nothing), and here each clip is heard as if alone.
+    """
+
+    def __init__(self, config: MelLLMConfig):
+        super().__init__()
+        self.encoder = audio_encoder(config.encoder_config)
+        width = config.text_config.hidden_size
+        self.projection = nn.Sequential(
+            nn.Linear(config.encoder_config.hidden_size, width), nn.GELU(), nn.Linear(width, width)
+        )
+
+    def forward(self, mel: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T, M) frames, of which `lengths` (B,) are valid, to (B, P, D)."""
+        subsampler = self.encoder.embed
+        x = mel[:, :, None].to(next(self.encoder.parameters()).dtype)  # (B, T, C, M)
+        for layer in subsampler.conv:
+            if getattr(layer, "stride", None) == (2, 2):
+                # As in `ConvFront`, a clip sees zeros beyond its end at every stage.
+                x = _blank_padding(x, lengths)
+                lengths = (lengths + 1) // 2
+            x = layer(x.transpose(1, 2)).transpose(1, 2)
+        x = subsampler.out(x.flatten(2))  # (B, P, E)
+        if len(self.encoder.encoders):
+            x = self._attend(_blank_padding(x, lengths), lengths)
+        return self.projection(x.to(next(self.projection.parameters()).dtype))
+
+    def _attend(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """The Conformer blocks on (B, P, E), each clip as if alone, in windows if it is long."""
+        rows, width, _ = x.shape
+        size = min(width, _WINDOW)
+        x = F.pad(x, (0, 0, 0, -width % size)).unflatten(1, (-1, size))  # (B, windows, size, E)
+        # The zeros that fill a long clip's last window are heard, as they are in transformers.
+        heard = lengths.where(lengths <= _WINDOW, -(-lengths // _WINDOW) * _WINDOW)
+        starts = torch.arange(x.shape[1], device=x.device) * size
+        # A window behind a clip's end hears its first zero: hearing nothing would make it NaN.
+        heard = (heard[:, None] - starts).clamp(1, size).flatten()
+        x = x.flatten(0, 1)
+        beyond = torch.arange(size, device=x.device) >= heard[:, None]
+        mask = self.encoder.relative_attention_bias_layer(x)  # (1, heads, size, size)
+        mask = mask.masked_fill(beyond[:, None, None], torch.finfo(mask.dtype).min)
+        for block in self.encoder.encoders:
+            x = block(x, mask)
+        return x.unflatten(0, (rows, -1)).flatten(1, 2)[:, :width]
+
+
 FRONTS: dict[str, type[nn.Module]] = {
     "linear": LinearFront,
     "conv": ConvFront,
     "whisper": WhisperFront,
+    "phi4": Phi4Front,
 }
 
 

@@ -34,13 +34,16 @@ def peak_bytes(model: torch.nn.Module, work: Callable[[], object]) -> int:
 _FRAME = 400 * 4 * 2 + 257 * (8 + 4)
 
 
-def study_bytes(model: PreTrainedModel, positions: int, answer_tokens: int) -> int:
+def study_bytes(
+    model: PreTrainedModel, positions: int, answer_tokens: int, *, gradients: bool = False
+) -> int:
     """How many bytes one clip takes in a layer study's batch at most, roughly, weights apart.
 
     positions: of its prompt, reference and draft; answer_tokens: of both answers. Counted: the
     residuals and the cache of the intact run and of the run with swapped audio, one more cache and
     a block's activations for the variant that runs, logits, which a study keeps in float32, and
-    the spectrogram, which is as large as a small model's residuals.
+    the spectrogram, which is as large as a small model's residuals. gradients: and what the blocks
+    keep for a backward pass (norms, projections, the MLP's products), which attribution makes.
     """
     config = model.config.get_text_config()
     width, blocks, size = config.hidden_size, config.num_hidden_layers, model.dtype.itemsize
@@ -51,6 +54,8 @@ def study_bytes(model: PreTrainedModel, positions: int, answer_tokens: int) -> i
     # OPT has another name for it.
     widest = max(getattr(layer, "intermediate_size", 4 * width) for layer in layers)
     block = 4 * width + 3 * widest
+    if gradients:
+        block += blocks * (8 * width + 4 * max(layer.intermediate_size for layer in layers))
     masks = positions  # a byte for each pair of positions
     per_position = size * (2 * residuals + 3 * cache + block) + masks
     per_token = config.vocab_size * (2 * size + 3 * torch.float32.itemsize)

@@ -3,13 +3,14 @@
 Counted on models without weights (torch's meta device). A training step's work is 2 flop for every
 parameter and position on the way up, 2 on the way down for the activations, and 2 more for the
 parameters that learn (Kaplan et al. 2020, arXiv 2001.08361, less what frozen weights save);
-attention's own work is left out, which at these lengths is a few per cent. Activations are counted
+attention's own work is left out, which at these lengths is a few per cent, and that of convolutions
+at rates above the decoder's. Activations are counted
 as 34 bytes a position, layer and unit of width (Korthikanti et al. 2022, arXiv 2205.05198), fused
 attention and no recomputation.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -18,14 +19,15 @@ from torch import nn
 from transformers import AutoConfig
 
 from melprobe.audio.mel import FRAMES_PER_SECOND
+from melprobe.model import phi4
 from melprobe.model.adapter import add_lora
 from melprobe.model.base import resolve_base
-from melprobe.model.config import MelLLMConfig
+from melprobe.model.config import ENCODERS, MelLLMConfig
 from melprobe.model.encoder import encoder_config, resolve_encoder
 from melprobe.model.modelling import MelLLMForConditionalGeneration
 from melprobe.studies.running import Run
 from melprobe.studies.sizes import Size
-from melprobe.training.recipe import SpeechRecipe
+from melprobe.training.recipe import Model, SpeechRecipe
 
 TOKENS_PER_SECOND = 3.5  # of answers, English read aloud
 
@@ -45,7 +47,7 @@ def budget(runs: Sequence[Run], size: Size) -> str:
     """A table, one line an arm, and the sum over all runs that are not shared."""
     table = Table("arm", *("parameters M", "learning M", "positions M", "memory GB", "hours"))
     distinct = {run.folder: run for run in reversed(runs)}  # the first of those that share one
-    hours = 0.0
+    hours, too_large = 0.0, []
     for run in reversed(distinct.values()):
         found = count(run.recipe, size.devices)
         of_run = found.flop / (size.devices * size.tflops * 1e12 * size.utilisation) / 3600
@@ -53,14 +55,21 @@ def budget(runs: Sequence[Run], size: Size) -> str:
         if run.seed == 0:
             numbers = (found.parameters / 1e6, found.learning / 1e6, found.positions / 1e6)
             cells = [f"{number:,.1f}" for number in (*numbers, found.memory / 1e9)]
+            too_large += [run.arm.label] * (found.memory > 1e9 * size.memory_gb)
             table.add_row(run.arm.label, *cells, f"{of_run:,.2f}")
     console = Console(width=110)
     with console.capture() as captured:
         console.print(table)
+    warning = ""
+    if too_large:
+        warning = (
+            f"\nmore than the {size.memory_gb:g} GB of a device: {', '.join(too_large)}; take a "
+            "smaller data.batch_seconds and a larger optim.accumulate"
+        )
     return (
         f"{captured.get()}{len(distinct)} training runs, {hours:,.1f} hours on {size.hardware} "
         f"({hours * size.devices:,.1f} device hours), at {size.utilisation:.0%} of "
-        f"{size.tflops:g} TFLOP/s"
+        f"{size.tflops:g} TFLOP/s{warning}"
     )
 
 
@@ -99,11 +108,9 @@ def _flop(model: nn.Module, without: nn.Module | None = None) -> float:
 def _empty_model(recipe: SpeechRecipe) -> MelLLMForConditionalGeneration:
     """The recipe's model without weights; what learns requires a gradient."""
     settings = recipe.model
-    encoder = None
-    if settings.front == "whisper":
-        encoder = encoder_config(resolve_encoder(settings.encoder.name))
+    text, encoder = _configs(settings)
     config = MelLLMConfig(
-        text_config=AutoConfig.from_pretrained(resolve_base(settings.base)),
+        text_config=text,
         audio_front=settings.front,
         frames_per_patch=settings.frames_per_patch,
         conv_channels=settings.conv_channels,
@@ -114,6 +121,20 @@ def _empty_model(recipe: SpeechRecipe) -> MelLLMForConditionalGeneration:
         model = MelLLMForConditionalGeneration(config)
         if settings.lora:
             add_lora(model, settings.lora.to_peft())
-    if settings.front == "whisper" and not settings.encoder.train:
+    if encoder is not None and not settings.encoder.train:
         model.audio_front.encoder.requires_grad_(False)
     return model
+
+
+def _configs(settings: Model) -> tuple[Any, Any]:
+    """Of decoder and encoder; those of Phi-4-multimodal itself are known without the hub."""
+    encoder = None
+    if settings.front in ENCODERS:
+        if settings.encoder.name == phi4.HUB_ID:
+            encoder = phi4.published_audio_config(settings.encoder.conformer)
+        else:
+            folder = resolve_encoder(settings.encoder.name)
+            encoder = encoder_config(folder, settings.front, settings.encoder.conformer)
+    if settings.base == phi4.HUB_ID:
+        return phi4.published_text_config(), encoder
+    return AutoConfig.from_pretrained(resolve_base(settings.base)), encoder

@@ -23,7 +23,9 @@ class Arm(NamedTuple):
     paper: float | None = None
     """word error rate that the paper reports, per cent"""
     start: str = ""
-    """the arm whose adapter it starts from, of the same seed"""
+    """another arm whose checkpoint, of the same seed, it needs"""
+    start_field: str = "model.lora.init"
+    """of its recipe, that names this checkpoint: its adapter is taken over, or it is the teacher"""
     without_lora: tuple[int, ...] = ()
     """blocks in which the adapter is switched off when it is tested; nothing is trained for it"""
 
@@ -43,36 +45,34 @@ class Study(NamedTuple):
     """what a reader must know beside the table"""
 
 
-NO_ENCODER: dict[str, Any] = {}
-
-
 def initialisation(size: Size) -> Study:
     random_encoder = {**size.twin, **size.random_encoder}
+    has_heard, of = _trained_lora(size, "pretrained-random")
     arms = (
         Arm("pretrained-random", "pretrained encoder, random LoRA", size.twin),
         Arm(
             "pretrained-pretrained",
             "pretrained encoder, pretrained LoRA",
-            size.twin,
+            {**size.twin, **has_heard},
             5.61,
-            "pretrained-random",
+            of,
         ),
         Arm("random-random", "random encoder, random LoRA", random_encoder),
         Arm(
             "random-pretrained",
             "random encoder, pretrained LoRA",
-            random_encoder,
+            {**random_encoder, **has_heard},
             6.97,
-            "pretrained-random",
+            of,
         ),
         Arm(
             "none-pretrained",
             "no encoder, pretrained LoRA",
-            NO_ENCODER,
+            {**size.bare, **has_heard},
             7.12,
-            "pretrained-random",
+            of,
         ),
-        Arm("none-random", "no encoder, random LoRA", NO_ENCODER, 7.44),
+        Arm("none-random", "no encoder, random LoRA", size.bare, 7.44),
     )
     return Study(
         "initialisation",
@@ -94,7 +94,7 @@ def data_scale(size: Size) -> Study:
         place = scale.replace("/", "-").replace(" ", "")
         for name, label, front in (
             ("encoder", "pretrained encoder", size.twin),
-            ("none", "no encoder", NO_ENCODER),
+            ("none", "no encoder", size.bare),
         ):
             changes = {**front, "data.train": train}
             arms.append(Arm(f"{name}-{place}", f"{label}, {scale} of the data", changes))
@@ -140,16 +140,18 @@ def freezing(size: Size) -> Study:
     n = size.n_layers
     tops = {eighths: range(n - max(1, round(n * eighths / 8)), n) for eighths in (1, 2, 3, 4)}
     paper = {1: 7.40, 2: 7.43, 3: 7.77, 4: 7.94}
+    has_heard, of = _trained_lora(size, "all")
+    started = {**size.bare, **has_heard}
     arms = [
-        Arm("all", "LoRA on all blocks", NO_ENCODER, 7.12),
-        Arm("all-started", "LoRA on all blocks, from a trained one", NO_ENCODER, None, "all"),
+        Arm("all", "LoRA on all blocks", size.bare, 7.12),
+        Arm("all-started", "LoRA on all blocks, from a trained one", started, None, of),
     ]
     order = [("all", "removed-1")]
     for eighths, top in tops.items():
         blocks = format_layers(top)
         kept = list(range(top[0]))
-        removed = {"model.lora.layers": kept}
-        held = {"model.lora.held": list(top)}
+        removed = {**size.bare, "model.lora.layers": kept}
+        held = {**started, "model.lora.held": list(top)}
         arms += [
             Arm(f"removed-{eighths}", f"none on {blocks}", removed, paper[eighths]),
             Arm(
@@ -157,15 +159,13 @@ def freezing(size: Size) -> Study:
                 f"held on {blocks} at a trained one",
                 held,
                 None,
-                "all",
+                of,
             ),
             Arm(
                 f"off-{eighths}",
                 f"trained on all, switched off on {blocks}",
-                NO_ENCODER,
-                None,
-                "",
-                tuple(top),
+                size.bare,
+                without_lora=tuple(top),
             ),
         ]
         if eighths > 1:
@@ -183,9 +183,10 @@ def freezing(size: Size) -> Study:
 
 
 def masking(size: Size) -> Study:
-    ahead = {**size.long, "model.audio_attention": "bidirectional"}
+    long = {**size.bare, **size.long}
+    ahead = {**long, "model.audio_attention": "bidirectional"}
     arms = (
-        Arm("causal", "causal", size.long),
+        Arm("causal", "causal", long),
         Arm("bidirectional", "bidirectional in the audio", ahead),
     )
     return Study(
@@ -201,13 +202,59 @@ def masking(size: Size) -> Study:
     )
 
 
+def alignment(size: Size) -> Study:
+    """Not in the paper: what helps a decoder to find out which patch each word came from."""
+    middle = size.n_layers // 2
+    plain = {**size.bare, **size.plain}
+    stages: list[dict[str, Any]] = size.plain["data.stages"]
+    steps = sum(stage["steps"] for stage in stages)
+    first = {**stages[0], "steps": max(1, stages[0]["steps"] // 10)}
+    rest = {**stages[0], "steps": stages[0]["steps"] - first["steps"]}
+    front_first = {"data.stages": [{**first, "train": "front"}, rest, *stages[1:]]}
+    distil = {"distil.layer": middle, "distil.steps": steps}
+    arms = (
+        Arm("alone", "next tokens alone", plain),
+        Arm("front-first", "the front alone for the first tenth", {**plain, **front_first}),
+        Arm(
+            "ctc", f"CTC after block {middle}", {**plain, "ctc": {"layer": middle, "steps": steps}}
+        ),
+        Arm("twin", "the twin, next tokens alone", {**size.twin, **size.plain}),
+        Arm(
+            "distilled",
+            f"the twin's residuals after block {middle}",
+            {**plain, **distil},
+            None,
+            "twin",
+            "distil.teacher",
+        ),
+        Arm("times", "phones and tokens at known times", size.bare),
+    )
+    helped = ("front-first", "ctc", "distilled", "times")
+    return Study(
+        "alignment",
+        "What helps a decoder without an encoder to align words with sounds?",
+        "",
+        arms,
+        tuple((arm, "alone") for arm in helped),
+        note="All had as many steps; the last spends some of them on the lower blocks alone.",
+    )
+
+
 STUDIES: dict[str, Callable[[Size], Study]] = {
     "initialisation": initialisation,
     "data-scale": data_scale,
     "token-rate": token_rate,
     "freezing": freezing,
     "masking": masking,
+    "alignment": alignment,
 }
+
+
+def _trained_lora(size: Size, arm: str) -> tuple[dict[str, Any], str]:
+    """Changes that take a trained adapter, and the arm it is taken from if it is an arm's."""
+    if size.pretrained_lora:
+        return {"model.lora.init": size.pretrained_lora}, ""
+    return {}, arm
 
 
 def _by_paper(arms: tuple[Arm, ...]) -> tuple[tuple[str, str], ...]:

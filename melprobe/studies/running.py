@@ -55,7 +55,7 @@ def plan(study: Study, size: Size, seeds: int, runs: Path) -> list[Run]:
             continue
         changes = dict(arm.changes)
         if arm.start:
-            changes["model.lora.init"] = str(done[arm.start, seed].checkpoint)
+            changes[arm.start_field] = str(done[arm.start, seed].checkpoint)
         recipe = size.with_changes(changes, runs / arm.name, seed)
         recipe = recipe.model_copy(update={"out": runs / f"{_digest(recipe)}-seed{seed}"})
         done[arm.name, seed] = Run(arm, seed, recipe)
@@ -84,6 +84,8 @@ def test(run: Run, size: Size) -> None:
         return
     words = ["--manifest", size.test.manifest, "--clips", str(size.test.clips)]
     words += ["--checkpoint", str(run.checkpoint), "--rows", str(run.rows)]
+    if size.test.max_seconds:
+        words += ["--max-seconds", str(size.test.max_seconds)]
     if run.arm.without_lora:
         words += ["--without-lora", format_layers(run.arm.without_lora)]
     log = run.folder / "test.log"

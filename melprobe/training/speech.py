@@ -20,7 +20,8 @@ from melprobe.corpus.text import plain_text
 from melprobe.errors import UsageError
 from melprobe.model import checkpoint
 from melprobe.model.ancestry import write_ancestors
-from melprobe.model.encoder import EncoderStart, encoder_config, resolve_encoder
+from melprobe.model.config import ENCODERS
+from melprobe.model.encoder import EncoderStart, encoder_ears, resolve_encoder
 from melprobe.model.inference import answer_scores, transcribe
 from melprobe.model.processor import MelLLMFeatureExtractor
 from melprobe.training.ctc import SpeechCTC
@@ -211,14 +212,14 @@ class SpeechTask:
 
 def _front_parts(settings: Model) -> tuple[MelLLMFeatureExtractor, EncoderStart | None]:
     """What makes the spectrogram, and the encoder that hears it, if there is one."""
-    if settings.front != "whisper":
+    if settings.front not in ENCODERS:
         kind, f_max = settings.normalisation, settings.f_max
         return MelLLMFeatureExtractor(f_max=f_max, normalisation=kind), None
     encoder = settings.encoder
-    start = EncoderStart(encoder.name, encoder.weights == "pretrained", encoder.train)
-    n_mels = encoder_config(resolve_encoder(encoder.name)).num_mel_bins
-    made = MelLLMFeatureExtractor(n_mels, f_max=8000.0, normalisation="none", spectrogram="whisper")
-    return made, start
+    start = EncoderStart(
+        encoder.name, encoder.weights == "pretrained", encoder.train, encoder.conformer
+    )
+    return encoder_ears(resolve_encoder(encoder.name), settings.front), start
 
 
 def _leave_cores_to(workers: int) -> None:
