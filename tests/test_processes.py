@@ -1,12 +1,10 @@
 """Training in several processes: the same losses and gradients as in one, killed or not."""
 
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import psutil
@@ -20,7 +18,14 @@ from melprobe.training.loop import trainable_parameters
 from melprobe.training.processes import WHOLE, Losses, Share, make_accelerator
 from melprobe.training.recipe import read_recipe
 from melprobe.training.speech import SpeechTask
-from tests.test_training import ROOT, STEPS, losses, make_workshop
+from tests.test_training import (
+    ROOT,
+    STEPS,
+    losses,
+    make_workshop,
+    saved_step,
+    wait_for_step,
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,20 +57,15 @@ def torchrun(workshop, name):
 
 def test_two_processes_both_killed_go_on_as_two_or_as_one(workshop):
     train.main(words(workshop, "one"))
-    state = workshop / "two" / "state" / "state.json"
     running = torchrun(workshop, "two")
-    deadline = time.monotonic() + 120
-    while not (state.exists() and json.loads(state.read_text())["step"] >= 4):
-        assert running.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    wait_for_step(running, workshop / "two", 4)
     workers = psutil.Process(running.pid).children(recursive=True)
     for process in (psutil.Process(running.pid), *workers):
         process.send_signal(signal.SIGKILL)
     running.wait()
     psutil.wait_procs(workers, timeout=10)
     assert len(workers) == 2
-    assert 4 <= json.loads(state.read_text())["step"] < STEPS
+    assert 4 <= saved_step(workshop / "two") < STEPS
     shutil.copytree(workshop / "two", workshop / "two-then-one")
 
     again = torchrun(workshop, "two")

@@ -20,7 +20,6 @@ def test_every_node_meets_the_others_at_the_first():
 
 
 def test_a_job_runs_torchrun_with_the_recipe_and_its_overrides(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("submitit")
     ran = []
     monkeypatch.setattr(subprocess, "run", lambda command, **how: ran.append((command, how)))
     logs = ["--logs", str(tmp_path), "--cluster", "debug"]
@@ -34,12 +33,10 @@ def test_a_job_runs_torchrun_with_the_recipe_and_its_overrides(tmp_path, monkeyp
 
 
 def test_a_stopped_job_is_queued_again(monkeypatch):
-    pytest.importorskip("submitit")
     training = submit.Training(["r.yaml"], 2)
     assert training.checkpoint().function is training
 
 
 def test_without_slurm_it_says_so(tmp_path):
-    pytest.importorskip("submitit")
     with pytest.raises(UsageError, match="--cluster slurm: Could not detect"):
         submit.main(["r.yaml", "--logs", str(tmp_path)])

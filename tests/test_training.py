@@ -93,6 +93,27 @@ def losses(out: Path) -> list[float]:
     return [line["train_loss"] for line in log if "train_loss" in line]
 
 
+def saved_step(out: Path) -> int:
+    """That of a run's state on disk, 0 before there is one.
+
+    One is put in the other's place while we look, and a run may be killed between the two.
+    """
+    for folder in ("state", "state.old"):
+        try:
+            return json.loads((out / folder / "state.json").read_text())["step"]
+        except FileNotFoundError:
+            pass
+    return 0
+
+
+def wait_for_step(running: subprocess.Popen, out: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while saved_step(out) < step:
+        assert running.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(workshop):
     train.main([str(workshop / "recipe.yaml"), "--out", str(workshop / "whole")])
@@ -124,19 +145,13 @@ def test_a_killed_run_resumes_and_ends_the_same(workshop, in_float32):
         *words,
         str(out),
     ]
-    state = out / "state" / "state.json"
     running = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 120
-    while not (state.exists() and json.loads(state.read_text())["step"] >= 4):
-        assert running.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    wait_for_step(running, out, 4)
     os.kill(running.pid, signal.SIGKILL)
     running.wait()
-    before = json.loads(state.read_text())["step"]
-    assert 4 <= before < STEPS
+    assert 4 <= saved_step(out) < STEPS
     train.main([*words, str(out)])
     assert losses(out) == pytest.approx(losses(in_float32), rel=1e-4)
     assert len(losses(out)) == STEPS
