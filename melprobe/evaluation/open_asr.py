@@ -30,33 +30,22 @@ class SetName(NamedTuple):
         return f"{self.config} {self.split}"
 
 
-def _sets(dataset: str, *names: str) -> tuple[SetName, ...]:
-    return tuple(SetName(dataset, *name.split()) for name in names)
-
-
+_TESTS = (
+    ("ami", "test"),
+    ("earnings22", "test"),
+    ("gigaspeech", "test"),
+    ("librispeech", "test.clean"),
+    ("librispeech", "test.other"),
+    ("spgispeech", "test"),
+    ("tedlium", "test"),
+    ("voxpopuli", "test"),
+)
 GENERATIONS = {
     # transformers/run_whisper.sh at 007271d: eight sets
-    "2025": _sets(
-        "hf-audio/esb-datasets-test-only-sorted",
-        "ami test",
-        "earnings22 test",
-        "gigaspeech test",
-        "librispeech test.clean",
-        "librispeech test.other",
-        "spgispeech test",
-        "tedlium test",
-        "voxpopuli test",
-    ),
+    "2025": tuple(SetName("hf-audio/esb-datasets-test-only-sorted", *test) for test in _TESTS),
     # transformers/submit_jobs_whisper.sh at 2a08276: TED-LIUM was dropped in May 2026
-    "2026": _sets(
-        "hf-audio/open-asr-leaderboard",
-        "ami test",
-        "earnings22 test",
-        "gigaspeech test",
-        "librispeech test.clean",
-        "librispeech test.other",
-        "spgispeech test",
-        "voxpopuli test",
+    "2026": tuple(
+        SetName("hf-audio/open-asr-leaderboard", *test) for test in _TESTS if test[0] != "tedlium"
     ),
 }
 LATEST = "2026"

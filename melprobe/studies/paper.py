@@ -5,7 +5,7 @@ rates in per cent on eight English sets, at 64,000 hours and 3.8 billion paramet
 ours to equal at another size and on other speech. What can be compared is the order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ class Arm(NamedTuple):
     paper: float | None = None
     """word error rate that the paper reports, per cent"""
     start: str = ""
-    """another arm whose checkpoint, of the same seed, it needs"""
+    """an arm before it whose checkpoint, of the same seed, it needs"""
     start_field: str = "model.lora.init"
     """of its recipe, that names this checkpoint: its adapter is taken over, or it is the teacher"""
     without_lora: tuple[int, ...] = ()
@@ -146,21 +146,13 @@ def freezing(size: Size) -> Study:
         Arm("all", "LoRA on all blocks", size.bare, 7.12),
         Arm("all-started", "LoRA on all blocks, from a trained one", started, None, of),
     ]
-    order = [("all", "removed-1")]
     for eighths, top in tops.items():
         blocks = format_layers(top)
-        kept = list(range(top[0]))
-        removed = {**size.bare, "model.lora.layers": kept}
+        removed = {**size.bare, "model.lora.layers": list(range(top[0]))}
         held = {**started, "model.lora.held": list(top)}
         arms += [
             Arm(f"removed-{eighths}", f"none on {blocks}", removed, paper[eighths]),
-            Arm(
-                f"held-{eighths}",
-                f"held on {blocks} at a trained one",
-                held,
-                None,
-                of,
-            ),
+            Arm(f"held-{eighths}", f"held on {blocks} at a trained one", held, None, of),
             Arm(
                 f"off-{eighths}",
                 f"trained on all, switched off on {blocks}",
@@ -168,14 +160,12 @@ def freezing(size: Size) -> Study:
                 without_lora=tuple(top),
             ),
         ]
-        if eighths > 1:
-            order.append((f"removed-{eighths - 1}", f"removed-{eighths}"))
     return Study(
         "freezing",
         "Which blocks must adapt to speech?",
         "V",
         tuple(arms),
-        tuple(order),
+        _by_paper(arms),
         note="Whether the paper's frozen LoRA is removed or held at its start is not known: from a "
         "random one, which changes nothing at first, the two are the same. Switching a trained "
         "LoRA off retrains nothing, and is another question.",
@@ -257,7 +247,7 @@ def _trained_lora(size: Size, arm: str) -> tuple[dict[str, Any], str]:
     return {}, arm
 
 
-def _by_paper(arms: tuple[Arm, ...]) -> tuple[tuple[str, str], ...]:
+def _by_paper(arms: Sequence[Arm]) -> tuple[tuple[str, str], ...]:
     """Neighbours in the paper's order, of those that it reports."""
     reported = sorted((a for a in arms if a.paper is not None), key=lambda arm: arm.paper or 0.0)
     return tuple((a.name, b.name) for a, b in pairwise(reported))

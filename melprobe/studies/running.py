@@ -44,23 +44,17 @@ class Run(NamedTuple):
 
 
 def plan(study: Study, size: Size, seeds: int, runs: Path) -> list[Run]:
-    """All runs of a study, those that others start from first."""
-    planned: list[Run] = []
-    waiting = [(seed, arm) for seed in range(seeds) for arm in study.arms]
-    done: dict[tuple[str, int], Run] = {}
-    while waiting:
-        seed, arm = waiting.pop(0)
-        if arm.start and (arm.start, seed) not in done:
-            waiting.append((seed, arm))
-            continue
-        changes = dict(arm.changes)
-        if arm.start:
-            changes[arm.start_field] = str(done[arm.start, seed].checkpoint)
-        recipe = size.with_changes(changes, runs / arm.name, seed)
-        recipe = recipe.model_copy(update={"out": runs / f"{_digest(recipe)}-seed{seed}"})
-        done[arm.name, seed] = Run(arm, seed, recipe)
-        planned.append(done[arm.name, seed])
-    return planned
+    """All runs of a study, seed by seed and in the order of its arms."""
+    planned: dict[tuple[str, int], Run] = {}
+    for seed in range(seeds):
+        for arm in study.arms:
+            changes = dict(arm.changes)
+            if arm.start:
+                changes[arm.start_field] = str(planned[arm.start, seed].checkpoint)
+            recipe = size.with_changes(changes, runs / arm.name, seed)
+            recipe = recipe.model_copy(update={"out": runs / f"{_digest(recipe)}-seed{seed}"})
+            planned[arm.name, seed] = Run(arm, seed, recipe)
+    return list(planned.values())
 
 
 def _digest(recipe: SpeechRecipe) -> str:
