@@ -1,6 +1,7 @@
 """What every measurement of a model has in common: which clips, answers how long."""
 
 import math
+from collections.abc import Callable
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -87,32 +88,50 @@ def leave_out_too_long(
 ) -> list[str]:
     """Take out of both lists, in place, what the decoder has no room for; a line of reason each.
 
-    Room for a clip, its prompt, and an answer of `answer_limit`. With `on_bad="error"` the last
-    raises BadAudio; with "skip", having none left does.
+    Room for a clip, its prompt, and an answer of `answer_limit`. Raises as `leave_out` does.
     """
-    left_out: list[str] = []
     room = listener.room
     answers = [_answer_length(listener, u) * 3 // 2 for u in utterances]
     fitting = [
         n for n, one in zip(answers, given, strict=True) if listener.positions(one, n) <= room
     ]
-    for place in reversed(range(len(utterances))):
-        u, one = utterances[place], given[place]
-        answer = max(answers[place], *fitting, 0)
+
+    def reason(place: int) -> str | None:
+        one, answer = given[place], max(answers[place], *fitting, 0)
         needed = listener.positions(one, answer)
         if needed <= room:
-            continue
+            return None
         what = "a text" if isinstance(one, str) else f"{len(one) / SAMPLE_RATE:.1f} s of audio"
-        reason = (
-            f"{u.where}: {u.audio}: {what} and an answer of up to {answer} tokens take {needed} "
-            f"positions, and the decoder has {room}: cut it"
+        return (
+            f"{what} and an answer of up to {answer} tokens take {needed} positions, and the "
+            f"decoder has {room}: cut it"
         )
+
+    return leave_out(utterances, given, reason, on_bad)
+
+
+def leave_out(
+    utterances: list[Utterance],
+    given: list[AnyGiven],
+    reason: Callable[[int], str | None],
+    on_bad: Literal["error", "skip"],
+) -> list[str]:
+    """Take out of both lists, in place, those for whose place there is a reason; a line for each.
+
+    With `on_bad="error"` the last raises BadAudio; with "skip", having none left does.
+    """
+    left_out: list[str] = []
+    for place in reversed(range(len(utterances))):
+        why, u = reason(place), utterances[place]
+        if why is None:
+            continue
+        line = f"{u.where}: {u.audio}: {why}"
         if on_bad == "error":
-            raise BadAudio(reason)
-        left_out.insert(0, reason)
+            raise BadAudio(line)
+        left_out.insert(0, line)
         del utterances[place], given[place]
     if left_out and not utterances:
-        raise BadAudio(f"all {len(left_out)} clips are too long; the first: {left_out[0]}")
+        raise BadAudio(f"all {len(left_out)} recordings are too long; the first: {left_out[0]}")
     return left_out
 
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 import numpy as np
 
-from melprobe.analysis.protocol import answer_limit, leave_out_too_long
-from melprobe.audio.load import SAMPLE_RATE, BadAudio
+from melprobe.analysis.protocol import answer_limit, leave_out, leave_out_too_long
+from melprobe.audio.load import SAMPLE_RATE
 from melprobe.corpus.manifest import Utterance
 from melprobe.evaluation.rows import Transcriber
 from melprobe.listener import Listener, load, pick_device
@@ -33,19 +33,14 @@ def leave_out_unheard(
     """`leave_out_too_long`, also for Whisper, which hears 30 s."""
     if listener:
         return leave_out_too_long(listener, utterances, waves, on_bad)
-    left_out: list[str] = []
-    for place in reversed(range(len(waves))):
-        u, seconds = utterances[place], len(waves[place]) / SAMPLE_RATE
+
+    def reason(place: int) -> str | None:
+        seconds = len(waves[place]) / SAMPLE_RATE
         if seconds <= WINDOW_SECONDS:
-            continue
-        reason = f"{u.where}: {u.audio}: {seconds:.1f} s, and Whisper hears 30 s at once: cut it"
-        if on_bad == "error":
-            raise BadAudio(reason)
-        left_out.insert(0, reason)
-        del utterances[place], waves[place]
-    if left_out and not utterances:
-        raise BadAudio(f"all {len(left_out)} recordings are too long; the first: {left_out[0]}")
-    return left_out
+            return None
+        return f"{seconds:.1f} s, and Whisper hears 30 s at once: cut it"
+
+    return leave_out(utterances, waves, reason, on_bad)
 
 
 def transcriber(
