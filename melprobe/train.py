@@ -15,7 +15,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from melprobe.errors import UsageError, run
 from melprobe.training.loop import fit
-from melprobe.training.recipe import Recipe, SpeechRecipe, read_recipe, write_recipe
+from melprobe.training.recipe import Recipe, SpeechRecipe
+from melprobe.training.recipe_file import read_recipe, write_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,8 +8,8 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from melprobe.bench import __main__ as bench
-from melprobe.bench.train import model_flop
 from melprobe.errors import UsageError
+from melprobe.training.flop import training_flop
 from tests.tiny import N_CLIPS as N
 from tests.tiny import N_LAYERS, TEXTS
 
@@ -90,7 +90,7 @@ def test_the_training_bench_trains_both_on_the_same_clips(folder, tmp_path, caps
     assert not (tmp_path / "run").exists()
 
 
-def test_model_flop_is_what_torch_counts(lm, clips):
+def test_training_flop_is_what_torch_counts(lm, clips):
     """Forward, and as much backward where nothing learns; attention scores left out."""
     batch = lm.processor(clips, TEXTS)
     with FlopCounterMode(display=False) as counter:
@@ -104,7 +104,7 @@ def test_model_flop_is_what_torch_counts(lm, clips):
         "answers": int((batch["labels"] != -100).sum()),
         "frames": 0,
     }
-    assert model_flop(lm.model, counts) == 2 * products
+    assert training_flop(lm.model, counts) == 2 * products
 
 
 def test_the_training_bench_names_what_it_cannot_do():

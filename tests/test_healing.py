@@ -15,7 +15,8 @@ from melprobe.audio.load import load_utterance
 from melprobe.corpus.manifest import read_manifest, write_manifest
 from melprobe.errors import UsageError
 from melprobe.subject import find_subject
-from melprobe.training.recipe import SpeechRecipe, write_recipe
+from melprobe.training.recipe import SpeechRecipe
+from melprobe.training.recipe_file import write_recipe
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from melprobe.errors import UsageError
 from melprobe.training import processes
 from melprobe.training.loop import trainable_parameters
 from melprobe.training.processes import WHOLE, Losses, Share, make_accelerator
-from melprobe.training.recipe import read_recipe
+from melprobe.training.recipe_file import read_recipe
 from melprobe.training.speech import SpeechTask
 from tests.test_training import (
     ROOT,

@@ -195,14 +195,24 @@ def test_a_budget_counts_what_learns_and_what_it_takes(tiny_size, capsys):
     learning = [p.numel() for p in task.model.parameters() if p.requires_grad]
     assert bare.learning == sum(learning)
     assert bare.positions == 2 * 3 * (12.5 + TOKENS_PER_SECOND)
-    assert bare.flop == (4 * bare.parameters + 2 * bare.learning) * bare.positions
-    encoder = read_size(str(tiny_size)).twin["model.encoder.name"]
-    heard = WhisperForConditionalGeneration.from_pretrained(encoder).get_encoder()
-    n = sum(p.numel() for p in heard.parameters())
-    decoder = twin.parameters - n
+    seconds, patches, answers = 2 * 3, 2 * 3 * 12.5, 2 * 3 * TOKENS_PER_SECOND
+    lora, front, blocks = (
+        sum(p.numel() for name, p in task.model.named_parameters() if part in name and p.dim() > 1)
+        for part in ("lora_", "audio_front", ".layers.")
+    )
+    output = task.model.get_output_embeddings().weight.numel()
+    assert bare.flop == (
+        (4 * blocks + 2 * lora) * bare.positions + 6 * front * patches + 4 * output * answers
+    )
+    heard = read_size(str(tiny_size)).twin["model.encoder.name"]
+    encoder = WhisperForConditionalGeneration.from_pretrained(heard).get_encoder()
+    encoder.embed_positions = None
+    weights = sum(p.numel() for p in encoder.parameters() if p.dim() > 1)
+    twins = SpeechTask(runs["pretrained-random"].recipe).model.audio_front
+    its_front = sum(p.numel() for p in twins.parameters() if p.requires_grad and p.dim() > 1)
     # What stays as it was is run up alone, four times as often as the decoder.
-    expected = (4 * decoder + 2 * twin.learning) * twin.positions + 2 * n * 2 * 3 * 50
-    assert twin.flop == pytest.approx(expected)
+    more = 2 * weights * seconds * 50 + 6 * (its_front - front) * patches
+    assert twin.flop - bare.flop == pytest.approx(more)
     study.main(["initialisation", "--size", str(tiny_size), "--seeds", "3", "--dry-run"])
     assert "18 training runs" in capsys.readouterr().out
 

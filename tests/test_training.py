@@ -23,9 +23,11 @@ from melprobe.audio.mel import log_mel
 from melprobe.corpus.manifest import Span, Utterance, write_manifest
 from melprobe.errors import UsageError
 from melprobe.model import checkpoint
-from melprobe.training.data import BatchOrder, load_corpora
+from melprobe.training.clips import load_corpora
+from melprobe.training.data import BatchOrder
 from melprobe.training.loop import learning_rate_scale
-from melprobe.training.recipe import Corpus, Data, Optim, SpeechRecipe, Stage, read_recipe
+from melprobe.training.recipe import Corpus, Data, Optim, SpeechRecipe, Stage
+from melprobe.training.recipe_file import read_recipe
 from melprobe.training.speech import mel_statistics
 from tests.tiny import WORDS, tiny_config, tiny_listener, waves
 

@@ -24,7 +24,8 @@ from melprobe.model.inference import kl_per_clip
 from melprobe.store import Key, RowStore
 from melprobe.subject import Subject
 from melprobe.training.loop import fit
-from melprobe.training.recipe import SpeechRecipe, write_recipe
+from melprobe.training.recipe import SpeechRecipe
+from melprobe.training.recipe_file import write_recipe
 from melprobe.training.speech import SpeechTask
 
 HEALED = "healed"

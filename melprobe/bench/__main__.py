@@ -27,7 +27,8 @@ from melprobe.errors import Parser, UsageError, run
 from melprobe.hooks.layers import parse_layers
 from melprobe.listener import DTYPES, load
 from melprobe.model.checkpoint import DEFAULT, find_checkpoint
-from melprobe.training.recipe import SpeechRecipe, read_recipe
+from melprobe.training.recipe import SpeechRecipe
+from melprobe.training.recipe_file import read_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,9 +11,8 @@ Positions that are not padding are counted, from the first step after the warm-u
 last. On a CPU `ratio_trainer_cpu` compares processor time in the training process instead, which
 other work on the machine hardly changes.
 
-MFU: 2 flop per weight and position forward, 2 backward for what enters it, 2 more for weights that
-learn, attention scores left out, over what a matrix product in bfloat16 reaches on the same device
-in the same process (on an H100 over 989 TFLOP/s, where that is more).
+MFU: the flop of the steps (`melprobe.training.flop`) over what a matrix product in bfloat16 reaches
+on the same device in the same process (on an H100 over 989 TFLOP/s, where that is more).
 """
 
 import time
@@ -29,8 +28,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
+from melprobe.bench.peak import measure_peak, now
 from melprobe.corpus.manifest import find_manifest, read_manifest
 from melprobe.training.data import SpeechBatches
+from melprobe.training.flop import training_flop
 from melprobe.training.loop import fit
 from melprobe.training.recipe import Corpus, SpeechRecipe, Stage
 from melprobe.training.speech import SpeechTask
@@ -38,7 +39,6 @@ from melprobe.training.speech import SpeechTask
 WARMUP = 15
 RIVALS = {"plain": False, "torch_compile": True}
 _CLIPS = 2000  # in an epoch at least: the Trainer sorts within fifty batches
-_H100_FLOP = 989e12
 
 
 class Pace:
@@ -91,13 +91,6 @@ class Pace:
         return self.counts()["positions"] / self.counts()["padded"]
 
 
-def now(device: torch.device) -> float:
-    """Seconds by the clock once the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def bench_train(
     recipe: SpeechRecipe,
     manifest: str,
@@ -143,7 +136,7 @@ def bench_train(
         parts["ratio_without_compile"] = round(ours / speed["without_compile"], 2)
     return {
         "tokens_per_s": round(ours),
-        "mfu": round(model_flop(task.model, pace.counts()) / pace.seconds / peak, 4),
+        "mfu": round(training_flop(task.model, pace.counts()) / pace.seconds / peak, 4),
         "ratio_trainer": round(ours / speed[best], 2),
         "trainer": best,
         **{f"tokens_per_s_trainer_{name}": round(speed[name]) for name in RIVALS},
@@ -160,46 +153,6 @@ def bench_train(
         "threads_training": torch.get_num_threads(),
         "workers": made.data.workers,
     }
-
-
-def measure_peak(device: torch.device) -> float:
-    """Flop a second of a square matrix product in bfloat16: the best of some."""
-    n, best = 8192 if device.type == "cuda" else 2048, 0.0
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    for _ in range(20):
-        start = now(device)
-        a @ b
-        best = max(best, 2 * n**3 / (now(device) - start))
-    h100 = device.type == "cuda" and "H100" in torch.cuda.get_device_name(device)
-    return max(best, _H100_FLOP) if h100 else best
-
-
-def model_flop(model: Any, counts: Mapping[str, int]) -> float:
-    """Of steps with so many positions, patches, answer tokens and mel frames.
-
-    What the encoder's weights get passes no gradient on unless they learn.
-    """
-    lookup, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    encoder = [p for name, p in model.named_parameters() if _in_encoder(name)]
-    encoder_learns = any(p.requires_grad for p in encoder)
-    total = (4 + 2 * output.requires_grad) * output.numel() * counts["answers"]
-    for name, p in model.named_parameters():
-        if p.dim() < 2 or p is lookup or p is output or name.endswith("embed_positions.weight"):
-            continue
-        per_weight = 4 + 2 * p.requires_grad
-        if _in_encoder(name):
-            positions = counts["frames"] / 2
-            per_weight = per_weight if encoder_learns else 2
-        elif name.startswith("audio_front."):
-            positions = counts["patches"]
-        else:
-            positions = counts["positions"]
-        total += per_weight * p.numel() * positions
-    return total
-
-
-def _in_encoder(name: str) -> bool:
-    return name.startswith("audio_front.encoder.")
 
 
 def _plain(

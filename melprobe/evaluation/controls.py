@@ -13,7 +13,7 @@ from melprobe.analysis.wer import corpus_wer, count_errors, normalise
 from melprobe.corpus.manifest import Utterance
 from melprobe.errors import UsageError
 from melprobe.evaluation.rows import Batched, Row, make_rows
-from melprobe.training.data import load_corpora
+from melprobe.training.clips import load_corpora
 from melprobe.training.recipe import SpeechRecipe
 
 

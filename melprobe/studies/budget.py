@@ -1,12 +1,8 @@
 """What a study would take: parameters, positions, memory and hours of its recipes, untrained.
 
-Counted on models without weights (torch's meta device). A training step's work is 2 flop for every
-parameter and position on the way up, 2 on the way down for the activations, and 2 more for the
-parameters that learn (Kaplan et al. 2020, arXiv 2001.08361, less what frozen weights save);
-attention's own work is left out, which at these lengths is a few per cent, and that of convolutions
-at rates above the decoder's. Activations are counted
-as 34 bytes a position, layer and unit of width (Korthikanti et al. 2022, arXiv 2205.05198), fused
-attention and no recomputation.
+Counted on models without weights (torch's meta device). Activations are counted as 34 bytes a
+position, layer and unit of width (Korthikanti et al. 2022, arXiv 2205.05198), fused attention and
+no recomputation.
 """
 
 from collections.abc import Sequence
@@ -15,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 from transformers import AutoConfig
 
 from melprobe.audio.mel import FRAMES_PER_SECOND
@@ -27,6 +22,7 @@ from melprobe.model.encoder import encoder_config, resolve_encoder
 from melprobe.model.modelling import MelLLMForConditionalGeneration
 from melprobe.studies.running import Run
 from melprobe.studies.sizes import Size
+from melprobe.training.flop import training_flop
 from melprobe.training.recipe import Model, SpeechRecipe
 
 TOKENS_PER_SECOND = 3.5  # of answers, English read aloud
@@ -89,20 +85,15 @@ def count(recipe: SpeechRecipe, devices: int) -> Budget:
     activations = 34 * batch * rate * text.num_hidden_layers * text.hidden_size
     # Frozen weights in bfloat16; those that learn with gradient and two moments in float32.
     memory = 2 * (parameters - learning) + 16 * learning + activations
-    positions = seconds * rate * devices
-    encoder = getattr(model.audio_front, "encoder", None)
-    flop = _flop(model, without=encoder) * positions
-    if encoder is not None:
-        flop += _flop(encoder) * seconds * devices * FRAMES_PER_SECOND / 2
-    return Budget(parameters, learning, positions, memory, flop)
-
-
-def _flop(model: nn.Module, without: nn.Module | None = None) -> float:
-    """Of a training step for one position; nothing is sent down through what nobody learns in."""
-    left_out = set(without.parameters()) if without is not None else set()
-    counted = [p for p in model.parameters() if p not in left_out]
-    learning = sum(p.numel() for p in counted if p.requires_grad)
-    return (4 if learning else 2) * sum(p.numel() for p in counted) + 2 * learning
+    seconds *= devices
+    counts = {
+        "positions": seconds * rate,
+        "patches": seconds * FRAMES_PER_SECOND / config.frames_per_patch,
+        "answers": seconds * TOKENS_PER_SECOND,
+        "frames": seconds * FRAMES_PER_SECOND,
+    }
+    flop = training_flop(model, counts)
+    return Budget(parameters, learning, counts["positions"], memory, flop)
 
 
 def _empty_model(recipe: SpeechRecipe) -> MelLLMForConditionalGeneration:

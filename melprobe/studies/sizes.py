@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from melprobe.analysis.protocol import choose
 from melprobe.corpus.manifest import Utterance, find_manifest, read_manifest
 from melprobe.errors import UsageError
-from melprobe.training.recipe import SpeechRecipe, describe, set_field
+from melprobe.training.recipe import SpeechRecipe
+from melprobe.training.recipe_file import describe, set_field
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "studies"
 

@@ -1,19 +1,12 @@
-"""Recipes: everything that decides a training run, in one YAML file checked before any work.
+"""Recipes: everything that decides a training run, each field checked before any work."""
 
-Any field can be overridden on the command line (`--optim.lr 3e-4`).
-"""
-
-from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
-import yaml
 from peft import LoraConfig
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from melprobe.audio.mel import Normalisation
-from melprobe.errors import UsageError
 from melprobe.model.config import AudioAttention, AudioFront
 
 # Much faster, and a short clip would be no mel window long.
@@ -21,11 +14,13 @@ _Speed = Annotated[float, Field(ge=0.5, le=1.5)]
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class _Strict(BaseModel):
+class RecipePart(BaseModel):
+    """Fields of a recipe; one that there isn't is refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Lora(_Strict):
+class Lora(RecipePart):
     rank: Annotated[int, Field(ge=1)] = 16
     alpha: Annotated[float, Field(gt=0)] | None = None
     """Scale numerator; twice the rank when not given (the paper: r = 320, alpha = 640)."""
@@ -52,7 +47,7 @@ class Lora(_Strict):
         )
 
 
-class Encoder(_Strict):
+class Encoder(RecipePart):
     """Of the `whisper` and `phi4` fronts."""
 
     name: str = "whisper-tiny.en"
@@ -66,7 +61,7 @@ class Encoder(_Strict):
     """Of `phi4`: false leaves the convolutional subsampler, the paper's encoder-free front."""
 
 
-class Model(_Strict):
+class Model(RecipePart):
     base: str = "smollm2-135m"
     """`smollm2-135m`, `mini-base`, a folder, or a hub id; of Phi-4-multimodal its text decoder."""
     front: AudioFront = "linear"
@@ -115,7 +110,7 @@ class Model(_Strict):
         return self
 
 
-class Corpus(_Strict):
+class Corpus(RecipePart):
     manifest: str
     """Path, or name like `queen/train`."""
     repeat: Annotated[int, Field(ge=1)] = 1
@@ -127,7 +122,7 @@ class Corpus(_Strict):
     have none."""
 
 
-class Stage(_Strict):
+class Stage(RecipePart):
     steps: Annotated[int, Field(ge=1)]
     min_seconds: Annotated[float, Field(ge=0)] = 0.0
     max_seconds: Annotated[float, Field(gt=0.1)] = 20.0
@@ -144,7 +139,7 @@ class Stage(_Strict):
     rate has run out cannot learn anything new. Stages without it share the schedule before them."""
 
 
-class Data(_Strict):
+class Data(RecipePart):
     train: Annotated[tuple[Corpus, ...], Field(min_length=1)]
     dev: Annotated[tuple[str, ...], Field(min_length=1)]
     test: tuple[str, ...] = ()
@@ -168,7 +163,7 @@ class Data(_Strict):
         return self.stages[-1]
 
 
-class CTC(_Strict):
+class CTC(RecipePart):
     """A CTC loss on speech positions beside the next-token loss, for the first steps."""
 
     layer: Annotated[int, Field(ge=0)]
@@ -177,7 +172,7 @@ class CTC(_Strict):
     steps: Annotated[int, Field(ge=1)]
 
 
-class Distillation(_Strict):
+class Distillation(RecipePart):
     """Imitate another model's residuals at speech positions, in the stages that learn text."""
 
     teacher: str
@@ -189,7 +184,7 @@ class Distillation(_Strict):
     """For how many of the run's first."""
 
 
-class Frames(_Strict):
+class Frames(RecipePart):
     """Framewise targets on speech positions, for clips whose phone and word times are known."""
 
     phones_after: Annotated[int, Field(ge=0)]
@@ -208,7 +203,7 @@ class Frames(_Strict):
         return self
 
 
-class Augment(_Strict):
+class Augment(RecipePart):
     speed: tuple[_Speed, _Speed] = (1.0, 1.0)
     """Resampling factor: changes tempo and pitch together."""
     frequency_warp: tuple[_Speed, _Speed] = (1.0, 1.0)
@@ -229,7 +224,7 @@ class Augment(_Strict):
         return bounds
 
 
-class Optim(_Strict):
+class Optim(RecipePart):
     lr: Annotated[float, Field(gt=0)] = 1e-3
     front_lr: Annotated[float, Field(gt=0)] | None = None
     """Learning rate of the audio front; `lr` when not given."""
@@ -246,7 +241,7 @@ class Optim(_Strict):
     needs weight decay, such as 0.3: without it long stages learn less than short ones."""
 
 
-class _Run(_Strict):
+class _Run(RecipePart):
     out: Path
     seed: Annotated[int, Field(ge=0)] = 0
     precision: Literal["float32", "bf16"] = "bf16"
@@ -349,70 +344,3 @@ class TextRecipe(_Run):
 
 
 Recipe = SpeechRecipe | TextRecipe
-
-
-def read_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recipe:
-    """Parse and check a recipe file; UsageError names the field.
-
-    overrides: dotted fields to YAML values, such as {"optim.lr": "3e-4"}.
-    """
-    try:
-        fields = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise UsageError(f"{path}: there is no such recipe") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        message = f"{path}: not a readable YAML recipe ({error})"
-        raise UsageError(" ".join(message.split())) from None
-    if not isinstance(fields, dict):
-        raise UsageError(f"{path}: a recipe is a mapping of fields")
-    for name, value in (overrides or {}).items():
-        try:
-            # YAML reads 3e-4 as text; pydantic makes a number of it where one is due.
-            set_field(fields, name, yaml.safe_load(value))
-        except yaml.YAMLError:
-            raise UsageError(f"--{name} {value}: not a value in YAML") from None
-    kind = TextRecipe if fields.get("task") == "text" else SpeechRecipe
-    try:
-        return kind.model_validate(fields)
-    except ValidationError as error:
-        raise UsageError(f"{path}: {describe(error)}") from None
-
-
-def write_recipe(recipe: Recipe) -> None:
-    """Leave `recipe.json` in the run's folder."""
-    recipe.out.mkdir(parents=True, exist_ok=True)
-    draft = recipe.out / "recipe.draft"
-    draft.write_text(recipe.model_dump_json(indent=2) + "\n")
-    draft.replace(recipe.out / "recipe.json")
-
-
-def set_field(fields: dict[str, Any], name: str, value: Any) -> None:
-    """Set a dotted field in place; UsageError where there is no such place."""
-    *path, last = [int(part) if part.isdecimal() else part for part in name.split(".")]
-    place: Any = fields
-    try:
-        for part in path:
-            place = place[part] if isinstance(part, int) else place.setdefault(part, {})
-        place[last] = value
-    except (KeyError, IndexError, TypeError, AttributeError):
-        raise UsageError(f"--{name} {value}: the recipe has no such field to set") from None
-
-
-def describe(error: ValidationError) -> str:
-    """A validation error in one line: every field, and what is wrong with it."""
-    parts = []
-    for e in error.errors():
-        message = e["msg"]
-        if e["type"] == "extra_forbidden":
-            near = get_close_matches(str(e["loc"][-1]), _field_names(), n=1)
-            message = "there is no such field" + (f"; did you mean {near[0]}?" if near else "")
-        parts.append(f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {message}")
-    return "; ".join(parts).replace("Value error, ", "")
-
-
-def _field_names() -> list[str]:
-    """Of all parts of recipes."""
-    models = [_Strict]
-    for model in models:
-        models += model.__subclasses__()
-    return sorted({name for model in models for name in model.model_fields})

@@ -24,16 +24,9 @@ from melprobe.model.config import ENCODERS
 from melprobe.model.encoder import EncoderStart, encoder_ears, resolve_encoder
 from melprobe.model.inference import answer_scores, transcribe
 from melprobe.model.processor import MelLLMFeatureExtractor
+from melprobe.training.clips import Clip, dev_clips, load_corpora
 from melprobe.training.ctc import SpeechCTC
-from melprobe.training.data import (
-    BatchOrder,
-    Clip,
-    SpeechBatches,
-    dev_clips,
-    frame_targets,
-    load_corpora,
-    speech_loader,
-)
+from melprobe.training.data import BatchOrder, SpeechBatches, frame_targets, speech_loader
 from melprobe.training.distillation import PREFIX, Teacher
 from melprobe.training.frames import FrameLosses, check_phones
 from melprobe.training.processes import WHOLE, Mean, Share, answer_loss
