@@ -9,6 +9,7 @@ study goes on where it was. --dry-run checks every recipe and says what the stud
 import json
 import sys
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 from rich.console import Console
@@ -50,10 +51,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     drawn = size.test.drawn()
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task(study.name, total=2 * len(runs))
+        done = count()
 
         def tell(run: Run, doing: str) -> None:
-            progress.update(bar, description=f"{doing} {run.arm.name}, seed {run.seed}")
-            progress.advance(bar)
+            now = f"{doing} {run.arm.name}, seed {run.seed}"
+            progress.update(bar, description=now, completed=next(done))
 
         carry_out(runs, size, tell)
     results = {

@@ -21,7 +21,7 @@ from melprobe.model import checkpoint
 from melprobe.model.adapter import adapter_state, merge_lora, read_adapter
 from melprobe.model.ancestry import Ancestor, read_ancestors
 from melprobe.model.encoder import EncoderStart, encoder_ears
-from melprobe.model.phi4 import SPEECH_LORA
+from melprobe.model.phi4 import HUB_ID, SPEECH_LORA, TRANSCRIBE
 from melprobe.model.processor import AUDIO_TOKEN
 from melprobe.training.loop import fit
 from melprobe.training.recipe import Lora, Model
@@ -283,15 +283,8 @@ def test_two_steps_of_training_from_there(folder, sources, tmp_path, encoder, le
     clips = read_manifest(folder / "data.jsonl")
     write_manifest(tmp_path / "train.jsonl", clips[:4])
     write_manifest(tmp_path / "dev.jsonl", clips[4:])
-    model = {"base": start, "front": "phi4", "encoder": {"name": start, **encoder}}
-    made = recipe(
-        folder,
-        tmp_path,
-        "run",
-        steps=2,
-        model=model | {"lora": {**LORA, "init": start}},
-        precision="bf16",
-    )
+    made = recipe(folder, tmp_path, "run", steps=2, precision="bf16")
+    made = made.model_copy(update={"model": Model(init=start, encoder=encoder)})
     task = SpeechTask(made)
     before = {name: t.clone() for name, t in task.model.state_dict().items()}
     fit(task, made, torch.device("cpu"))
@@ -305,6 +298,19 @@ def test_two_steps_of_training_from_there(folder, sources, tmp_path, encoder, le
     assert read_adapter(tmp_path / "run" / "last").keys() == adapter_state(task.model).keys()
     sha256 = file_sha256(sources[0] / "phi4mm" / SPEECH_LORA)
     assert read_ancestors(tmp_path / "run" / "last") == [Ancestor(start, sha256, "adapter")]
+
+
+def test_init_stands_for_what_is_not_given(sources):
+    start = str(sources[0] / "phi4mm")
+    whole = Model(init=start)
+    parts = {"base": start, "front": "phi4", "encoder": {"name": start}, "prompt": TRANSCRIBE}
+    assert whole == Model(**parts, lora={**LORA, "targets": sorted(TARGETS), "init": start})
+    assert Model(**whole.model_dump()) == whole  # as a run's recipe.json is read
+    bare = Model(init=start, encoder={"conformer": False}, lora=None, prompt=("a", "b"))
+    assert (bare.encoder.name, bare.encoder.conformer) == (start, False)
+    assert bare.lora is None and bare.prompt == ("a", "b")
+    published = Model(init=HUB_ID)
+    assert (published.base, published.front, published.lora.rank) == (HUB_ID, "phi4", 320)
 
 
 def test_a_folder_that_does_not_fit_is_one_line(sources, tmp_path):

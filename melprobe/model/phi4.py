@@ -28,6 +28,13 @@ from melprobe.model.base import read_json
 
 HUB_ID = "microsoft/Phi-4-multimodal-instruct"
 SPEECH_LORA = Path("speech-lora", "adapter_model.safetensors")
+TRANSCRIBE = ("<|user|>", "Transcribe the audio clip into text.<|end|><|assistant|>")
+"""What stands before and after the audio."""
+_PUBLISHED_LORA = {
+    "rank": 320,
+    "alpha": 640.0,
+    "targets": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+}
 
 _DECODER = ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head.")
 _AUDIO = "model.embed_tokens_extend.audio_embed."
@@ -54,6 +61,12 @@ def is_phi4(folder: Path) -> bool:
     """Whether a model folder holds a Phi-4-multimodal, in either layout."""
     kind = read_json(folder / "config.json").get("model_type")
     return kind in {"phi4mm", "phi4_multimodal"}
+
+
+def is_named(name: str) -> bool:
+    """Whether `name` is the hub id of Phi-4-multimodal, or a folder with one."""
+    folder = Path(name).expanduser()
+    return name == HUB_ID or ((folder / "config.json").is_file() and is_phi4(folder))
 
 
 def load_decoder(folder: Path, attention: str | None = None) -> Phi3ForCausalLM:
@@ -159,6 +172,15 @@ class SpeechLora(NamedTuple):
     targets: set[str]
     tensors: dict[str, Tensor]
     """by names like `layers.0.self_attn.qkv_proj.lora_A`"""
+
+
+def lora_settings(name: str) -> dict[str, Any]:
+    """Rank, alpha and targets of its speech LoRA; those of `HUB_ID` are known."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return dict(_PUBLISHED_LORA)
+    speech = read_speech_lora(folder)
+    return {"rank": speech.rank, "alpha": speech.alpha, "targets": tuple(sorted(speech.targets))}
 
 
 def read_speech_lora(folder: Path) -> SpeechLora:

@@ -1,12 +1,13 @@
 """Recipes: everything that decides a training run, each field checked before any work."""
 
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from melprobe.audio.mel import Normalisation
+from melprobe.model import phi4
 from melprobe.model.config import AudioAttention, AudioFront
 
 # Much faster, and a short clip would be no mel window long.
@@ -77,7 +78,22 @@ class Model(RecipePart):
     lora: Lora | None = Lora()
     """None tunes the whole language model."""
     init: str | None = None
-    """A checkpoint whose front and adapter to start from."""
+    """A checkpoint whose front and adapter to start from. Or a Phi-4-multimodal, whose decoder,
+    audio encoder, speech LoRA and prompt then stand for all of those fields that aren't given."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_phi4(cls, fields: Any) -> Any:
+        start = fields.get("init") if isinstance(fields, dict) else None
+        if not isinstance(start, str) or not phi4.is_named(start):
+            return fields
+        rest = {name: value for name, value in fields.items() if name != "init"}
+        whole = {"base": start, "front": "phi4", "prompt": phi4.TRANSCRIBE, **rest}
+        parts = {"encoder": {"name": start}, "lora": {**phi4.lora_settings(start), "init": start}}
+        for name, part in parts.items():
+            given = rest.get(name, {})
+            whole[name] = {**part, **given} if isinstance(given, dict) else given
+        return whole
 
     @model_validator(mode="after")
     def _one_start(self) -> Self:
