@@ -12,8 +12,11 @@ from transformers import WhisperForConditionalGeneration
 
 from melprobe import study
 from melprobe.analysis.seeds import difference_over_seeds, over_seeds
+from melprobe.analysis.study import swap_partners
+from melprobe.audio.load import load_utterance
 from melprobe.corpus.manifest import read_manifest, write_manifest
 from melprobe.errors import UsageError
+from melprobe.listener import load
 from melprobe.model.ancestry import read_ancestors
 from melprobe.report.studies import sentence
 from melprobe.studies import running
@@ -110,6 +113,21 @@ def test_initialisation_trains_every_arm_and_hands_the_adapter_on(tiny_size, pla
     assert all(arm["wer_ci"] is None for arm in results["arms"])
     text = (out / "report.md").read_text()
     assert "Not resolved: no pair's interval excludes zero" in text and "7.44" in text
+    # Four steps on noise: none hears, and the rows say what each clip was worth.
+    assert text.count("| 0 of 1 |") == 6
+    lm = load(folder_of["none-random"] / "last")
+    rows = [json.loads(line) for line in (folder_of["none-random"] / "rows.jsonl").open()]
+    clips = read_size(str(tiny_size)).test.drawn()
+    partners = swap_partners(clips)
+    for row, clip, partner in zip(rows, clips, partners, strict=True):
+        own, other = (lm.score([load_utterance(u)], [clip.text]) for u in (clip, clips[partner]))
+        assert row["tokens"] == own.tokens.item()
+        assert row["nll"] == pytest.approx(own.nll.item(), rel=0.01)
+        assert row["nll_swapped"] == pytest.approx(other.nll.item(), rel=0.01)
+    (gate,) = next(arm["gates"] for arm in results["arms"] if arm["arm"] == "none-random")
+    tokens = sum(row["tokens"] for row in rows)
+    assert gate["nll_intact"] == pytest.approx(sum(row["nll"] for row in rows) / tokens)
+    assert not gate["passed"]
 
 
 def test_studies_share_runs_and_switch_a_trained_adapter_off(

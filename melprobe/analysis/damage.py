@@ -1,8 +1,6 @@
 """From rows to scores: gate, damage and bands of a layer study. Never sees a model.
 
-Damage d = (NLL_cut − NLL_intact) / (NLL_swapped − NLL_intact): 0 nothing lost, 1 deaf. A claim
-about layers needs the listening gate: a deaf model's text prior answers for it, and makes every
-layer look dispensable.
+Damage d = (NLL_cut − NLL_intact) / (NLL_swapped − NLL_intact): 0 nothing lost, 1 deaf.
 """
 
 from collections.abc import Sequence
@@ -11,10 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from melprobe.analysis.statistics import Bootstrap, Interval
+from melprobe.analysis.gate import listening_gate
+from melprobe.analysis.statistics import Bootstrap
 
-GATE_NAT = 0.5
-GATE_WER = 0.9
 DAMAGE_MARGIN = 0.05
 RESAMPLES = 5000
 
@@ -52,11 +49,11 @@ def score_layers(
             "positions": positions,
             "wer": _ratio(cut.errors, cut.reference_words),
             "delta_wer": wer[i].value,
-            "delta_wer_ci": _limits(wer[i]),
+            "delta_wer_ci": wer[i].limits,
             "delta_nll": nll[i].value,
-            "delta_nll_ci": _limits(nll[i]),
+            "delta_nll_ci": nll[i].limits,
             "damage": damage[i].value if gap.sum() > 0 else None,
-            "damage_ci": _limits(damage[i]),
+            "damage_ci": damage[i].limits,
             "kl": _ratio(cut.kl, cut.answer_tokens),
             "block_influence": _mean(cut.block_influence),
             "angular_distance": _mean(cut.angular_distance),
@@ -92,31 +89,17 @@ class _Table:
         wer = self.bootstrap.rate(intact.errors, intact.reference_words)
         return {
             "wer": wer.value,
-            "wer_ci": _limits(wer),
+            "wer_ci": wer.limits,
             "nll": _ratio(intact.nll, intact.answer_tokens),
             **_error_kinds(intact),
             "reference_words": int(intact.reference_words.sum()),
         }
 
     def gate(self, intact: pd.DataFrame, swapped: pd.DataFrame) -> dict[str, Any]:
-        gap = self.bootstrap.ratio(swapped.nll - intact.nll, intact.answer_tokens)
         wer = _ratio(swapped.errors, swapped.reference_words)
-        hears, reads = gap.low > GATE_NAT, wer > GATE_WER
         what = "text" if self.copy_text else "audio"
-        reason = (
-            f"swapping the {what} costs {gap.value:.2f} nat per answer token (95 % interval from "
-            f"{gap.low:.2f}; {'above' if hears else 'not above'} {GATE_NAT}), and WER on swapped "
-            f"{what} is {100 * wer:.0f} % ({'above' if reads else 'not above'} "
-            f"{100 * GATE_WER:.0f} %)"
-        )
-        return {
-            "nll_intact": _ratio(intact.nll, intact.answer_tokens),
-            "nll_swapped": _ratio(swapped.nll, swapped.answer_tokens),
-            "nll_gap_ci": _limits(gap),
-            "wer_swapped": wer,
-            "passed": bool(hears and reads),
-            "reason": reason,
-        }
+        tokens = intact.answer_tokens
+        return listening_gate(self.bootstrap, intact.nll, swapped.nll, tokens, wer, what)
 
     def method(self) -> str:
         unit, scope = self.bootstrap.unit, ", so they speak of these speakers only"
@@ -145,11 +128,6 @@ def _first_order(cut: pd.DataFrame) -> float | None:
     if cut.attribution.isna().all():
         return None
     return _ratio(cut.attribution, cut.answer_tokens)
-
-
-def _limits(interval: Interval) -> tuple[float, float] | None:
-    """None where the data set no limits: JSON has no infinity."""
-    return (interval.low, interval.high) if np.isfinite(interval.high) else None
 
 
 def _error_kinds(rows: pd.DataFrame) -> dict[str, int]:

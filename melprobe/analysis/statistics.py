@@ -35,6 +35,11 @@ class Interval:
     low: float
     high: float
 
+    @property
+    def limits(self) -> tuple[float, float] | None:
+        """None where there are none: JSON has no infinity."""
+        return (self.low, self.high) if np.isfinite([self.low, self.high]).all() else None
+
 
 @dataclass(frozen=True, slots=True)
 class _Resampled:

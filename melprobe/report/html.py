@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from melprobe.analysis.damage import GATE_NAT, GATE_WER
+from melprobe.analysis.gate import GATE_NAT, GATE_WER
 from melprobe.report import reading, schema, words
 from melprobe.report.examples import examples
 from melprobe.report.figures import drawings

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from melprobe.analysis.gate import GATE_NAT, GATE_WER
 from melprobe.report.notation import listing
 
 Found = dict[str, Any]
@@ -13,14 +14,16 @@ def markdown(results: Found) -> str:
     table = f" (the paper's Table {results['table']})" if results["table"] else ""
     lines = [f"# {results['title']}", ""]
     lines += [f"**{sentence(results)}**", ""]
-    lines += [_head(results), "|---|" + "---:|" * (3 + bool(results["table"]))]
+    lines += [_head(results), "|---|" + "---:|" * (4 + bool(results["table"]))]
     lines += [_row(arm, bool(results["table"])) for arm in results["arms"]]
     seeds, clips = results["seeds"], results["test"]["clips"]
     lines += [
         "",
         f"Word error rates{table} of {results['test']['name']}, {clips} clips of "
         f"{results['test']['speakers']} speakers, mean of {seeds} training runs with their 95 % "
-        "interval over runs and speakers. Each arm had the same clips in the same order and as "
+        "interval over runs and speakers; how many of the runs hear (what the right clip is worth: "
+        f"above {GATE_NAT} nat per token, and WER on another clip above {100 * GATE_WER:.0f} %). "
+        "Each arm had the same clips in the same order and as "
         f"many steps. {results['note']}".rstrip(),
         "",
         "| pair | difference in points | order |",
@@ -56,7 +59,7 @@ def sentence(results: Found) -> str:
 
 def _head(results: Found) -> str:
     paper = " the paper's WER % |" if results["table"] else ""
-    return f"| arm | WER % |{paper} runs | training |"
+    return f"| arm | WER % |{paper} runs | hear | training |"
 
 
 def _row(arm: Found, paper: bool) -> str:
@@ -65,6 +68,8 @@ def _row(arm: Found, paper: bool) -> str:
         cells.append("" if arm["paper_wer"] is None else f"{100 * arm['paper_wer']:.2f}")
     of_seeds = arm["wer_of_seeds"]
     cells.append("" if of_seeds is None else ", ".join(f"{100 * wer:.1f}" for wer in of_seeds))
+    gates = [gate["passed"] for gate in arm["gates"]]
+    cells.append(f"{sum(gates)} of {len(gates)}")
     seconds = arm["training_seconds"]
     cells.append("" if seconds is None else f"{seconds / 60:.1f} min")
     return f"| {' | '.join(cells)} |"

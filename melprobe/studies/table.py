@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from melprobe.analysis.gate import listening_gate
 from melprobe.analysis.seeds import difference_over_seeds, over_seeds
-from melprobe.analysis.statistics import Interval
-from melprobe.analysis.wer import count_errors
+from melprobe.analysis.statistics import Bootstrap, Interval
+from melprobe.analysis.wer import corpus_wer, count_errors
 from melprobe.studies.paper import Arm, Study
 from melprobe.studies.running import Run, seconds_of
 
@@ -29,7 +30,10 @@ class Scores:
         self.seconds = np.array([row["duration"] for row in first])
         self.speakers = [row["speaker"] for row in first]
         counted: dict[str, list[list[int]]] = {}
+        self.gates: dict[str, list[dict[str, Any]]] = {}
+        bootstrap = Bootstrap(self.speakers)
         for (arm, _), found in rows.items():
+            self.gates.setdefault(arm, []).append(_gate(found, bootstrap))
             errors = [count_errors(row["text"], row["pred_text"]) for row in found]
             counted.setdefault(arm, []).append([e.total for e in errors])
             self.words = np.array([e.reference_words for e in errors])
@@ -62,6 +66,13 @@ def _read(run: Run) -> list[dict[str, Any]]:
     return [json.loads(line) for line in run.rows.read_text().splitlines()]
 
 
+def _gate(rows: list[dict[str, Any]], bootstrap: Bootstrap) -> dict[str, Any]:
+    """Of one run, on all clips."""
+    swapped = corpus_wer(count_errors(row["text"], row["pred_text_swapped"]) for row in rows)
+    nll, other, tokens = ([row[key] for row in rows] for key in ("nll", "nll_swapped", "tokens"))
+    return listening_gate(bootstrap, nll, other, tokens, swapped)
+
+
 def findings(study: Study, runs: Sequence[Run]) -> dict[str, Any]:
     """All of a study's `results.json`, from the rows of its runs alone."""
     scores = Scores(runs)
@@ -90,10 +101,11 @@ def _arm(
         "label": arm.label,
         "seconds": _finite(span),
         "wer": wer.value,
-        "wer_ci": _finite((wer.low, wer.high)),
+        "wer_ci": wer.limits,
         "wer_of_seeds": [float(e.sum() / scores.words.sum()) for e in scores.errors[arm.name]]
         if span == ALL
         else None,
+        "gates": scores.gates[arm.name],
         "paper_wer": arm.paper and arm.paper / 100,
         "training_seconds": float(np.mean(trained)) if trained else None,
         "clips": scores.count(span),
@@ -115,7 +127,7 @@ def _pair(
         "higher": b,
         "seconds": _finite(span),
         "difference": found.value,
-        "difference_ci": _finite((found.low, found.high)),
+        "difference_ci": found.limits,
         "verdict": verdict,
     }
 
