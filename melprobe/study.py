@@ -22,7 +22,7 @@ from melprobe.studies.budget import budget
 from melprobe.studies.paper import STUDIES
 from melprobe.studies.running import Run, carry_out, plan
 from melprobe.studies.sizes import read_size
-from melprobe.studies.table import findings
+from melprobe.studies.table import all_rows, findings
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (out / "report.md").write_text(markdown(results))
+    all_rows(runs).to_parquet(out / "rows.parquet", index=False)
     print(f"report: {out / 'report.md'}")
 
 

@@ -57,7 +57,7 @@ def tiny_size(folder, tmp_path_factory):
                 "workers": 0,
             },
         },
-        "plain": {"data.stages": [{"steps": 2}], "frames": None},
+        "timed": {"data.stages": [{"steps": 2}]},
         "twin": {"model.front": "whisper", "model.encoder.name": str(place / "whisper")},
         "random_encoder": {"model.encoder.weights": "random", "model.encoder.train": True},
         "more": [{"manifest": str(place / "train.jsonl"), "repeat": 2}],
@@ -307,7 +307,7 @@ def found(*verdicts):
         {"lower": a["arm"], "higher": b["arm"], "seconds": None, "verdict": verdict}
         for (a, b), verdict in zip(pairwise(arms), verdicts, strict=True)
     ]
-    return {"table": "II", "arms": arms, "pairs": pairs}
+    return {"whose": "the paper's order", "arms": arms, "pairs": pairs}
 
 
 def test_the_sentence_says_only_what_intervals_separate():

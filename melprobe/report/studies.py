@@ -39,7 +39,7 @@ def markdown(results: Found) -> str:
 def sentence(results: Found) -> str:
     """Whether our order is the paper's: only what intervals separate is said."""
     pairs = results["pairs"]
-    whose = "the paper's order" if results["table"] else "what is reported"
+    whose = results["whose"]
     against = [pair for pair in pairs if pair["verdict"] == "disagrees"]
     for_it = [pair for pair in pairs if pair["verdict"] == "agrees"]
     if len(for_it) == len(pairs):

@@ -43,6 +43,24 @@ class Study(NamedTuple):
     """seconds of clips that are scored apart; all together when there are none"""
     note: str = ""
     """what a reader must know beside the table"""
+    whose: str = "the paper's order"
+    """what that order is"""
+
+
+def pair(size: Size) -> Study:
+    """The matched pair that findings about layers rest on: one base, data, schedule, adapter."""
+    return Study(
+        "pair",
+        "The matched pair: how well does each arm hear?",
+        "",
+        (
+            Arm("encoder", "pretrained encoder", size.twin),
+            Arm("none", "no encoder", size.bare),
+        ),
+        (("encoder", "none"),),
+        note="Nothing of one arm went into the other: both began with the same base and with "
+        "random fronts and adapters.",
+    )
 
 
 def initialisation(size: Size) -> Study:
@@ -189,35 +207,38 @@ def masking(size: Size) -> Study:
         note="Users of Gemma 4, which has no audio encoder either, report that hearing collapses "
         "past 450 to 500 positions and that attention in both directions inside the audio mends "
         "it.",
+        whose="what is reported",
     )
 
 
 def alignment(size: Size) -> Study:
     """Not in the paper: what helps a decoder to find out which patch each word came from."""
     middle = size.n_layers // 2
-    plain = {**size.bare, **size.plain}
-    stages: list[dict[str, Any]] = size.plain["data.stages"]
+    stages: list[dict[str, Any]] = size.recipe["data"]["stages"]
     steps = sum(stage["steps"] for stage in stages)
     first = {**stages[0], "steps": max(1, stages[0]["steps"] // 10)}
     rest = {**stages[0], "steps": stages[0]["steps"] - first["steps"]}
     front_first = {"data.stages": [{**first, "train": "front"}, rest, *stages[1:]]}
-    distil = {"distil.layer": middle, "distil.steps": steps}
+    all_at_once = {"data.stages": [{**stages[-1], "steps": steps}]}
     arms = (
-        Arm("alone", "next tokens alone", plain),
-        Arm("front-first", "the front alone for the first tenth", {**plain, **front_first}),
+        Arm("alone", "next tokens alone, short clips first", size.bare),
+        Arm("at-once", "clips of all lengths from the start", {**size.bare, **all_at_once}),
+        Arm("front-first", "the front alone at first", {**size.bare, **front_first}),
         Arm(
-            "ctc", f"CTC after block {middle}", {**plain, "ctc": {"layer": middle, "steps": steps}}
+            "ctc",
+            f"CTC after block {middle}",
+            {**size.bare, "ctc": {"layer": middle, "steps": steps}},
         ),
-        Arm("twin", "the twin, next tokens alone", {**size.twin, **size.plain}),
+        Arm("twin", "the twin", size.twin),
         Arm(
             "distilled",
             f"the twin's residuals after block {middle}",
-            {**plain, **distil},
+            {**size.bare, "distil.layer": middle, "distil.steps": steps},
             None,
             "twin",
             "distil.teacher",
         ),
-        Arm("times", "phones and tokens at known times", size.bare),
+        Arm("times", "phones and tokens at known times", {**size.bare, **size.timed}),
     )
     helped = ("front-first", "ctc", "distilled", "times")
     return Study(
@@ -225,12 +246,14 @@ def alignment(size: Size) -> Study:
         "What helps a decoder without an encoder to align words with sounds?",
         "",
         arms,
-        tuple((arm, "alone") for arm in helped),
+        (("alone", "at-once"), *((arm, "alone") for arm in helped)),
         note="All had as many steps; the last spends some of them on the lower blocks alone.",
+        whose="the order expected",
     )
 
 
 STUDIES: dict[str, Callable[[Size], Study]] = {
+    "pair": pair,
     "initialisation": initialisation,
     "data-scale": data_scale,
     "token-rate": token_rate,

@@ -50,8 +50,9 @@ class Size(BaseModel):
     test: Test
     bare: dict[str, Any] = {}
     """What makes of its recipe that of the encoder-free arm, by dotted field, if it isn't yet."""
-    plain: dict[str, Any]
-    """What leaves its recipe the next-token loss alone, in `data.stages` of as many steps."""
+    timed: dict[str, Any]
+    """What gives its recipe, of the next-token loss alone, framewise targets at known times, in
+    `data.stages` of as many steps."""
     pretrained_lora: str = ""
     """An adapter that has heard; when not given, what the study's own twin was trained to."""
     twin: dict[str, Any]

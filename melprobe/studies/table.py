@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from melprobe.analysis.gate import listening_gate
 from melprobe.analysis.seeds import difference_over_seeds, over_seeds
@@ -19,6 +20,11 @@ from melprobe.studies.paper import Arm, Study
 from melprobe.studies.running import Run, seconds_of
 
 ALL = (0.0, math.inf)
+
+
+def all_rows(runs: Sequence[Run]) -> pd.DataFrame:
+    """What every run wrote, a row for each clip, with its `arm` and `seed`."""
+    return pd.concat([pd.DataFrame(_read(r)).assign(arm=r.arm.name, seed=r.seed) for r in runs])
 
 
 class Scores:
@@ -83,6 +89,7 @@ def findings(study: Study, runs: Sequence[Run]) -> dict[str, Any]:
         "title": study.title,
         "table": study.table,
         "note": study.note,
+        "whose": study.whose,
         "seeds": len({run.seed for run in runs}),
         "arms": [_arm(arm, span, scores, runs) for span in spans for arm in study.arms],
         "pairs": [_pair(a, b, span, scores, confidence) for span in spans for a, b in study.order],
