@@ -116,7 +116,7 @@ def parser() -> Parser:
         "--model",
         metavar="HUB_ID",
         help="someone else's speech LLM instead, by hub id or folder, or with --copy-text a plain "
-        "language model; see docs/other-models.md",
+        "language model, such as smollm2-135m or mini-base; see docs/other-models.md",
     )
     p.add_argument("--device-map", help="with --model: spread it, as transformers does (auto)")
     p.add_argument("--data", default="builtin/test", help="manifest, or name like queen/test")

@@ -26,6 +26,7 @@ from melprobe.hooks.parts import Part, ablate
 from melprobe.hooks.patching import Entering, attribution, entering, patch
 from melprobe.hooks.replay import Replay
 from melprobe.model import checkpoint
+from melprobe.model.base import place_of
 from melprobe.model.inference import AnswerScores, answer_scores, transcribe
 from melprobe.model.others import load_other
 from melprobe.model.prompts import Given, Prompts
@@ -200,14 +201,15 @@ def load_model(
 ) -> Listener:
     """Someone else's speech LLM by hub id or folder; see `melprobe.model.others`.
 
-    Or a plain language model, which reads.
+    Or a plain language model, which reads; `smollm2-135m` and `mini-base` are those of ours.
 
     device, dtype: as in `load`. device_map: as in transformers, in place of `device`.
     """
     place = pick_device(device)
     with _no_progress_bars():
         dtype = dtype or fast_dtype(place)
-        return Listener(*load_other(name, dtype=dtype, device=place, device_map=device_map))
+        found = load_other(place_of(name), dtype=dtype, device=place, device_map=device_map)
+        return Listener(*found)
 
 
 @contextmanager

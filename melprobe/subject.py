@@ -11,6 +11,7 @@ from melprobe.analysis.findings import checkpoint_name, describe_checkpoint, des
 from melprobe.errors import UsageError
 from melprobe.hooks.anatomy import only_reads
 from melprobe.listener import DTYPES, Listener, fast_dtype, load, load_model, pick_device
+from melprobe.model.base import place_of
 from melprobe.model.checkpoint import (
     DEFAULT,
     find_checkpoint,
@@ -77,6 +78,7 @@ def _checkpoint(folder: Path) -> Subject:
 
 
 def _other(name: str, copy_text: bool) -> Subject:
+    name = place_of(name)
     config = read_other_config(name)
     if only_reads(config) and not copy_text:
         raise UsageError(

@@ -24,6 +24,17 @@ def test_names_resolve_to_folders_or_hub_ids(tmp_path, monkeypatch):
     )
 
 
+def test_transformers_load_our_bases_and_folders_by_their_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "MINI_BASE", tmp_path / "mini")
+    monkeypatch.setattr(base, "packaged_smollm2", lambda: tmp_path / "smollm2")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mini").mkdir()
+    (tmp_path / "mini" / "config.json").write_text("{}")
+    assert base.place_of("mini-base") == base.place_of("~/mini") == str(tmp_path / "mini")
+    assert base.place_of("smollm2-135m") == str(tmp_path / "smollm2")
+    assert base.place_of("owner/name") == "owner/name"
+
+
 def test_a_hub_out_of_reach_is_one_line(monkeypatch):
     def unreachable(name, **_):
         raise OSError("no such host\nand a long story")

@@ -140,11 +140,27 @@ def test_a_chat_shows_copies_and_asks_for_one_more():
         text_prompts(refusing)
 
 
-def test_without_a_chat_lines_show_it_and_the_end_of_a_line_ends_a_copy():
+def byte_level(*merges):
+    """A tokenizer as GPT-2's, of single bytes but for pairs that it merges."""
     alphabet = sorted(ByteLevel.alphabet())
-    made = Tokenizer(BPE({letter: number for number, letter in enumerate(alphabet)}, []))
+    known = [*alphabet, *map("".join, merges)]
+    made = Tokenizer(BPE({word: number for number, word in enumerate(known)}, list(merges)))
     made.pre_tokenizer, made.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
-    chatless = PreTrainedTokenizerFast(tokenizer_object=made, eos_token=alphabet[0])
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=alphabet[0])
+
+
+def test_the_text_stands_behind_the_same_tokens_as_those_that_are_shown():
+    """It is encoded apart from what the user says before it; they are encoded with it."""
+    chatting = byte_level(("Ċ", "Ċ"), (".", "Ċ"))
+    chatting.chat_template = (
+        "{% for said in messages %}{{ said.role }} {{ said.content }} {% endfor %}assistant "
+    )
+    asked = text_prompts(chatting).text_prompt(EXAMPLES[0])
+    assert asked == chatting(chatting.decode(asked), add_special_tokens=False)["input_ids"]
+
+
+def test_without_a_chat_lines_show_it_and_the_end_of_a_line_ends_a_copy():
+    chatless = byte_level()
     prompts = text_prompts(chatless)
     shown = "".join(f"Text:\n{text}\nCopy:\n{text}\n\n" for text in EXAMPLES)
     asked = chatless.decode(prompts.text_prompt("please hold"))
@@ -209,7 +225,7 @@ def visible(page):
 
 
 HEARING_WORDS = re.compile(
-    r"audio|\bdeaf|\blisten|\bpatch|\bhear|\bspeakers?\b|\brecording|\bclip’s"
+    r"audio|\bdeaf|\blisten|\bpatch|\bhear|\bspeakers?\b|\brecording|\bclip’s|\butterance"
 )
 
 

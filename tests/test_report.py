@@ -6,11 +6,13 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
+from matplotlib.figure import Figure
 
 from melprobe.errors import UsageError
-from melprobe.report import examples, reading, schema
+from melprobe.report import examples, figures, reading, schema
 from melprobe.report.__main__ import main
 from melprobe.report.html import render
 from tests.synthetic_run import (
@@ -113,6 +115,18 @@ def test_where_no_limits_are_known_there_is_a_dash_and_no_bar(passed, tmp_path):
     row = text[text.index('id="block-0"') :].partition("</tr>")[0]
     assert '<td data-value="">–</td>' in row and row.count('<span class="ci">[–]</span>') == 2
     assert "inf" not in reading.headline(results) and "None" not in text
+
+
+def test_numbers_on_an_axis_stand_apart_however_much_a_clip_is_worth(sweep):
+    run, _ = sweep
+    results, _ = schema.load(run)
+    for gap in (0.6, 2.0, 6.0, 14.0):
+        results["gate"]["nll_swapped"] = results["gate"]["nll_intact"] + gap
+        figure = Figure()
+        figures.damage(results, figure, narrow=False)
+        for ax in figure.axes:
+            ticks = [ax.transData.transform((0, tick))[1] for tick in ax.get_yticks()]
+            assert min(b - a for a, b in pairwise(ticks)) > 10
 
 
 def test_where_no_clip_changed_the_table_says_so(sweep):

@@ -142,5 +142,5 @@ def test_what_whisper_does_not_hear_is_known_before_it_listens(folder):
         hearing.leave_out_unheard(None, both, sounds, "error")
     (reason,) = hearing.leave_out_unheard(None, both, sounds, "skip")
     assert "31.0 s" in reason and both == others and len(sounds) == 1
-    with pytest.raises(BadAudio, match="all 1 recordings are too long"):
+    with pytest.raises(BadAudio, match="all 1 are too long"):
         hearing.leave_out_unheard(None, [u], waves(31.0), "skip")

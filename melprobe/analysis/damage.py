@@ -102,8 +102,11 @@ class _Table:
         return listening_gate(self.bootstrap, intact.nll, swapped.nll, tokens, wer, what)
 
     def method(self) -> str:
-        unit, scope = self.bootstrap.unit, ", so they speak of these speakers only"
-        if unit == "speaker" or self.copy_text:
+        unit: str = self.bootstrap.unit
+        scope = ", so they speak of these speakers only"
+        if self.copy_text:
+            unit, scope = "text", ""
+        elif unit == "speaker":
             scope = ""
         return (
             f"Paired bootstrap over {self.bootstrap.n_units} {unit}s ({RESAMPLES} resamples)"

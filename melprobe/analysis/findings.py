@@ -69,14 +69,14 @@ def layer_findings(
         "n_utterances": n,
         **scores,
         **provenance(seed=seed, command=command),
-        "warnings": warnings(n, () if read else checkpoint["targets_after"]),
+        "warnings": warnings(n, checkpoint["targets_after"], read),
     }
 
 
-def warnings(n: int, targets: Sequence[int]) -> list[str]:
-    """What a reader must know beside the figures."""
+def warnings(n: int, targets: Sequence[int], read: bool) -> list[str]:
+    """What a reader must know beside the figures; read: texts, in the place of clips."""
     found = []
-    if targets:
+    if targets and not read:
         blocks = f"block{'s' * (len(targets) > 1)} {listing([str(b) for b in targets])}"
         found.append(
             f"Training read phones or words off the speech positions right after {blocks}, which "
@@ -85,8 +85,8 @@ def warnings(n: int, targets: Sequence[int]) -> list[str]:
         )
     if n < ENOUGH_FOR_WER:
         found.append(
-            f"With {n} utterances the bands on ΔWER hold less often than 95 %, because few of "
-            "them change their words: claims rest on ΔNLL."
+            f"With {n} {'texts' if read else 'utterances'} the bands on ΔWER hold less often than "
+            "95 %, because few of them change their words: claims rest on ΔNLL."
         )
     return found
 

@@ -131,7 +131,7 @@ def leave_out(
         left_out.insert(0, line)
         del utterances[place], given[place]
     if left_out and not utterances:
-        raise BadAudio(f"all {len(left_out)} recordings are too long; the first: {left_out[0]}")
+        raise BadAudio(f"all {len(left_out)} are too long; the first: {left_out[0]}")
     return left_out
 
 

@@ -75,6 +75,14 @@ def resolve_base(name: str) -> Path:
     )
 
 
+def place_of(name: str) -> str:
+    """What transformers loads by this name: the folder of one or of a base of ours, or the name."""
+    if name in (SMOLLM2, "mini-base"):
+        return str(resolve_base(name))
+    folder = Path(name).expanduser()
+    return str(folder) if folder.is_dir() else name
+
+
 def find_model(name: str) -> Path | None:
     """The folder of any model by its path or hub id; None where it is neither."""
     folder = Path(name).expanduser()

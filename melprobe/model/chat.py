@@ -8,8 +8,12 @@ from jinja2 import TemplateError
 from melprobe.errors import UsageError
 from melprobe.model.prompts import TextPrompts
 
-COPY = "Repeat this text word for word, and write nothing else.\n\n"
-"""What the user says before a text, where the tokenizer has a chat template."""
+COPY = "Repeat this text word for word, and write nothing else.\n"
+"""What the user says before a text, where the tokenizer has a chat template.
+
+One line break: tokenizers like GPT-2's make one token of two where they end a piece, and two
+tokens before a word, so that the last text would stand behind other tokens than the examples.
+"""
 EXAMPLES = ("please wait a moment", "where are you going")
 """Texts with their copies stand before the one that is asked for: a small model that is only told
 

@@ -247,7 +247,8 @@ def _log_beyond(
     """Linear within ±`linear`, logarithmic beyond: a hundredfold apart, all stay readable."""
     ax.set_yscale("symlog", linthresh=linear, linscale=0.8)
     ax.set_ylim(*ends)
-    shown = [tick for tick in ticks if ends[0] <= tick <= ends[1]]
+    # Where the linear part is wide, the least of them would be written over each other and zero.
+    shown = [t for t in ticks if ends[0] <= t <= ends[1] and (not t or abs(t) >= linear / 5)]
     ax.yaxis.set_major_locator(FixedLocator(shown))
     ax.yaxis.set_minor_locator(NullLocator())
     ax.set_yticklabels([f"{t:{form}}".replace("-", "−") if t else "0" for t in shown])

@@ -63,8 +63,8 @@ EFFECTS = {
 INSTEAD = {
     "": "",
     "zero": "is left out",
-    "mean": "gives way to its mean over all utterances, which keeps what it adds to each alike and "
-    "takes away what it says of this one",
+    "mean": "gives way to its mean over all that is given, which keeps what it adds to each alike "
+    "and takes away what it says of this one",
     "resample": "gives way to what it adds to another clip of like length",
 }
 SETS = {
