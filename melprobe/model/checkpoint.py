@@ -6,6 +6,7 @@ adapter only; they name their base model and the hash of its weights, and refuse
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -122,24 +124,35 @@ def _load_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
+def saved_tensors(model: MelLLMForConditionalGeneration) -> dict[str, Tensor]:
+    """What `save` writes of a model: front and adapter, or all of one that was tuned whole."""
+    return adapter_state(model) if hasattr(model, "lora_config") else model.state_dict()
+
+
 def save(
     model: MelLLMForConditionalGeneration,
     processor: MelLLMProcessor,
     folder: Path,
     dtype: torch.dtype = torch.bfloat16,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write front and adapter (in `dtype`), config and processor; the base stays where it is.
 
     A model without an adapter was tuned whole, and is saved whole, as any transformers model.
+    tensors: `saved_tensors`, where this process holds only parts of the model's own.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    tensors = saved_tensors(model) if tensors is None else tensors
     if not hasattr(model, "lora_config"):
-        copy.deepcopy(model).to(dtype).save_pretrained(folder)
+        with torch.device("meta"):
+            kept = type(model)(copy.deepcopy(model.config))
+        kept.load_state_dict(tensors, assign=True)
+        kept.tie_weights()
+        kept.generation_config = model.generation_config
+        kept.to(dtype).save_pretrained(folder)
         processor.save_pretrained(folder)
         return
-    state = {
-        name: t.detach().to("cpu", dtype).contiguous() for name, t in adapter_state(model).items()
-    }
+    state = {name: t.detach().to("cpu", dtype).contiguous() for name, t in tensors.items()}
     save_file(state, folder / ADAPTER)
     model.config.save_pretrained(folder)
     settings = {
