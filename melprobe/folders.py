@@ -11,7 +11,7 @@ from pathlib import Path
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Have `write` fill a new folder, then put it in the old one's place."""
-    draft, old = _beside(folder, "draft"), _beside(folder, "old")
+    draft, old = draft_of(folder), _beside(folder, "old")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     write(draft)
@@ -20,6 +20,11 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
         folder.rename(old)
     draft.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def draft_of(folder: Path) -> Path:
+    """Where `replace_folder` has a folder written, for others who write into it as well."""
+    return _beside(folder, "draft")
 
 
 def recover_folder(folder: Path) -> bool:

@@ -71,8 +71,8 @@ def _refuse_other_recipe(recipe: Recipe) -> None:
             f"{recipe.out}: holds a run of another kind of recipe, or its recipe.json is damaged; "
             "take another --out"
         ) from None
-    # A folder may be moved, or named from elsewhere.
-    names = type(recipe).model_fields.keys() - {"out"}
+    # A folder may be moved, or named from elsewhere; and how processes share the work changes none.
+    names = type(recipe).model_fields.keys() - {"out", "parallel"}
     fields = sorted(name for name in names if getattr(old, name) != getattr(recipe, name))
     if fields:
         raise UsageError(

@@ -1,5 +1,6 @@
 """Training in several processes: the same losses and gradients as in one, killed or not."""
 
+import json
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from melprobe import train
 from melprobe.errors import UsageError
@@ -35,18 +37,18 @@ def workshop(tmp_path_factory):
     return folder
 
 
-def words(workshop, name):
+def words(workshop, name, parallel="ddp"):
     """Of the command that trains into `workshop/name`."""
     ctc = ["--ctc", "{layer: 1, steps: 99}"]
     out = ["--precision", "float32", "--out", str(workshop / name)]
-    return [str(workshop / "recipe.yaml"), *ctc, *out]
+    return [str(workshop / "recipe.yaml"), *ctc, *out, "--parallel", parallel]
 
 
-def torchrun(workshop, name):
+def torchrun(workshop, name, parallel):
     """Two processes that train into `workshop/name`."""
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.Popen(
-        [*run, "-m", "melprobe.train", *words(workshop, name)],
+        [*run, "-m", "melprobe.train", *words(workshop, name, parallel)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
@@ -55,27 +57,65 @@ def torchrun(workshop, name):
     )
 
 
-def test_two_processes_both_killed_go_on_as_two_or_as_one(workshop):
-    train.main(words(workshop, "one"))
-    running = torchrun(workshop, "two")
-    wait_for_step(running, workshop / "two", 4)
+def kill_at(step, running, out):
+    """kill -9 of torchrun and of both its processes, once they have saved `step`."""
+    wait_for_step(running, out, step)
     workers = psutil.Process(running.pid).children(recursive=True)
     for process in (psutil.Process(running.pid), *workers):
         process.send_signal(signal.SIGKILL)
     running.wait()
     psutil.wait_procs(workers, timeout=10)
     assert len(workers) == 2
-    assert 4 <= saved_step(workshop / "two") < STEPS
-    shutil.copytree(workshop / "two", workshop / "two-then-one")
+    assert step <= saved_step(out) < STEPS
 
-    again = torchrun(workshop, "two")
-    told, _ = again.communicate(timeout=120)
-    assert again.returncode == 0
+
+def dev_losses(out):
+    lines = (out / "last" / "log.jsonl").read_text().splitlines()
+    return [line["dev_loss"] for line in map(json.loads, lines) if "dev_loss" in line]
+
+
+@pytest.fixture(scope="module")
+def many(workshop):
+    """Two processes, killed again and again: in parts twice, then each with the whole model, and at
+    last in parts; in `many-then-one` a single process goes on after the first kill."""
+    out = workshop / "many"
+    kill_at(4, torchrun(workshop, "many", "fsdp"), out)
+    shutil.copytree(out, workshop / "many-then-one")
+    kill_at(6, torchrun(workshop, "many", "fsdp"), out)
+    kill_at(8, torchrun(workshop, "many", "ddp"), out)
+    running = torchrun(workshop, "many", "fsdp")
+    told, _ = running.communicate(timeout=120)
+    assert running.returncode == 0
     assert told.count("trained to step") == 1
-    train.main(words(workshop, "two-then-one"))
-    for name in ("two", "two-then-one"):
-        assert losses(workshop / name) == pytest.approx(losses(workshop / "one"), rel=1e-4)
-        assert (workshop / name / "best" / "adapter.safetensors").exists()
+    return out
+
+
+def test_two_processes_killed_go_on_as_two_or_as_one_whatever_each_holds(workshop, many):
+    train.main(words(workshop, "one"))
+    train.main(words(workshop, "many-then-one"))
+    one = workshop / "one"
+    for out in (many, workshop / "many-then-one"):
+        assert losses(out) == pytest.approx(losses(one), rel=1e-4)
+        assert dev_losses(out) == pytest.approx(dev_losses(one), rel=1e-4)
+
+
+def test_parts_are_saved_as_one_process_would_save_them(workshop, many):
+    theirs = load_file(many / "last" / "adapter.safetensors")
+    shutil.copytree(many, workshop / "ended")
+    (workshop / "ended" / "last" / "adapter.safetensors").unlink()
+    train.main(words(workshop, "ended"))  # has nothing left to do but save
+    ours = load_file(workshop / "ended" / "last" / "adapter.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert (many / "best" / "adapter.safetensors").exists()
+
+
+def test_a_state_that_lost_a_part_is_one_line(workshop, many):
+    shutil.copytree(many, workshop / "lost")
+    first, _ = sorted((workshop / "lost" / "state").glob("*.safetensors"))
+    first.unlink()
+    with pytest.raises(UsageError, match=r"state: damaged .*parts of it are missing"):
+        train.main(words(workshop, "lost"))
 
 
 def shared_losses(task, step, n, monkeypatch):
@@ -117,7 +157,7 @@ def all_losses(workshop):
         if "lora_B" in name:  # zero until it is trained
             torch.nn.init.normal_(weight, std=0.2)
     (workshop / "teacher").mkdir()
-    teacher.save(workshop / "teacher", [])
+    teacher.save(workshop / "teacher", teacher.tensors(), [])
     changes = {
         "precision": "float32",
         "model.init": str(workshop / "teacher"),

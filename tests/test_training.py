@@ -15,7 +15,7 @@ import pytest
 import soundfile
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from melprobe import train
@@ -29,6 +29,7 @@ from melprobe.training.loop import learning_rate_scale
 from melprobe.training.recipe import Corpus, Data, Optim, SpeechRecipe, Stage
 from melprobe.training.recipe_file import read_recipe
 from melprobe.training.speech import mel_statistics
+from melprobe.training.state import State
 from tests.tiny import WORDS, tiny_config, tiny_listener, waves
 
 ROOT = Path(__file__).parents[1]
@@ -298,10 +299,28 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(workshop):
 def test_a_damaged_state_is_one_line(workshop, uninterrupted):
     out = workshop / "damaged-state"
     shutil.copytree(uninterrupted, out)
-    weights = out / "state" / "state.safetensors"
+    (weights,) = (out / "state").glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UsageError, match=r"state: damaged .*; delete it to begin again"):
         train.main([str(workshop / "recipe.yaml"), "--out", str(out)])
+
+
+def test_a_state_in_one_plain_file_is_read(tmp_path):
+    """As runs of one process left it before there were parts."""
+    layer = torch.nn.Linear(3, 2)
+    saved = {"weight": torch.ones(2, 3), "bias": torch.zeros(2), "weight@step": torch.tensor(5.0)}
+    saved["weight@exp_avg"] = torch.full((2, 3), 0.5)
+    (tmp_path / "state").mkdir()
+    save_file(saved, tmp_path / "state" / "state.safetensors")
+    fields = {"step": 5, "seconds": 1.0, "best": 2.0, "running": [], "log": []}
+    (tmp_path / "state" / "state.json").write_text(json.dumps(fields))
+    optimizer = torch.optim.AdamW(layer.parameters())
+    state = State(tmp_path / "state", dict(layer.named_parameters()), [optimizer])
+    assert state.step == 5
+    assert torch.equal(layer.weight, saved["weight"])
+    assert torch.equal(optimizer.state[layer.weight]["step"], saved["weight@step"])
+    assert torch.equal(optimizer.state[layer.weight]["exp_avg"], saved["weight@exp_avg"])
+    assert layer.bias not in optimizer.state
 
 
 def test_clips_without_times_are_left_out_of_the_stages_that_need_them(workshop):

@@ -208,7 +208,11 @@ class _Timed:
         self.pace.end()
         return {}
 
-    def save(self, folder: Path, log: list[dict[str, Any]]) -> None:
+    def tensors(self) -> dict[str, Tensor]:
+        """Nobody wants them."""
+        return {}
+
+    def save(self, folder: Path, tensors: dict[str, Tensor], log: list[dict[str, Any]]) -> None:
         """Nobody wants it."""
 
 

@@ -20,9 +20,12 @@ from melprobe.training.processes import (
     Losses,
     Mean,
     Share,
-    data_parallel,
+    as_first,
     make_accelerator,
     over_processes,
+    own_part,
+    spread,
+    whole,
 )
 from melprobe.training.recipe import Optim, Recipe
 from melprobe.training.state import State
@@ -50,10 +53,16 @@ class Task(Protocol):
         """
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Measures on held-out data; `dev_loss`, where there is one, decides what is best."""
+        """Measures on held-out data, on all of it in every process.
 
-    def save(self, folder: Path, log: list[dict[str, Any]]) -> None:
-        """Write a checkpoint that can be used, and the log of its training."""
+        `dev_loss`, where there is one, decides what is best.
+        """
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The model's tensors that a checkpoint holds."""
+
+    def save(self, folder: Path, tensors: dict[str, Tensor], log: list[dict[str, Any]]) -> None:
+        """Write a checkpoint that can be used, of whole `tensors`, and the log of its training."""
 
 
 def learning_rate_scale(step: int, recipe: Recipe) -> float:
@@ -80,13 +89,12 @@ def fit(task: Task, recipe: Recipe, device: torch.device | None = None) -> list[
         device, bf16=recipe.precision == "bf16", accumulate=recipe.optim.accumulate
     )
     share = Share(accelerator.process_index, accelerator.num_processes)
-    first = accelerator.is_main_process  # which alone measures, writes and tells
-    task.model.to(accelerator.device)
-    task.heads.to(accelerator.device)
+    first = accelerator.is_main_process  # which alone writes checkpoints and tells
+    losses_of = Losses(task, share)
+    spread_out = spread(losses_of, accelerator.device, recipe.parallel)
     trainable = trainable_parameters(task)
     optimizers = make_optimizers(trainable, recipe.optim)
-    with accelerator.main_process_first():  # a folder may have to be put back
-        state = State(recipe.out / "state", trainable, optimizers)
+    state = State(recipe.out / "state", trainable, optimizers, share)
     if accelerator.device.type == "cpu":
         # The backward pass of the fused attention kernel takes 4x as long on short sequences.
         task.model.set_attn_implementation("eager")
@@ -94,10 +102,9 @@ def fit(task: Task, recipe: Recipe, device: torch.device | None = None) -> list[
         for block in task.model.get_decoder().layers:  # one block's code serves them all
             # Not `block.compile`, which would take the hooks that listen there along.
             block.forward = torch.compile(block.forward, dynamic=True)
-    # Which wraps it in autocast, for decoding too; gradients are averaged by `data_parallel`.
+    # Which wraps it in autocast, for decoding too; gradients are averaged by `spread`.
     accelerator.prepare_model(task.model, evaluation_mode=True)
     optimizers = [accelerator.prepare(optimizer) for optimizer in optimizers]
-    losses_of = data_parallel(Losses(task, share), accelerator.device)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     rates = [group["lr"] for group in groups]
     writer = SummaryWriter(recipe.out / "tensorboard", purge_step=state.step) if first else None
@@ -110,7 +117,7 @@ def fit(task: Task, recipe: Recipe, device: torch.device | None = None) -> list[
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate * scale
             torch.manual_seed(recipe.seed + step)  # dropout, where the base has any
-            made = _update(accelerator, losses_of, optimizers, batch, step, recipe.optim.clip)
+            made = _update(accelerator, spread_out, optimizers, batch, step, recipe.optim.clip)
             losses = over_processes(made, share)
             _check_finite(losses["train_loss"], recipe, step)
             state.running.append(losses)
@@ -124,23 +131,26 @@ def fit(task: Task, recipe: Recipe, device: torch.device | None = None) -> list[
                 if first and not progress.console.is_terminal:
                     parts = " ".join(f"{name} {value:.3f}" for name, value in means.items())
                     print(f"step {state.step} {parts} {state.seconds:.0f} s", flush=True)
-            if first and (state.step % recipe.evaluate_every == 0 or last):
-                measured = _evaluate(task, step)
+            if state.step % recipe.evaluate_every == 0 or last:
+                measured = _evaluate(losses_of, step)
                 state.note(measured, writer)
-                progress.print(state.log[-1])
-                if measured.get("dev_loss", math.inf) < state.best:
-                    state.best = measured["dev_loss"]
-                    replace_folder(recipe.out / "best", lambda best: task.save(best, state.log))
+                if first:
+                    progress.print(state.log[-1])
+                dev_loss = as_first(measured.get("dev_loss", math.inf), share, accelerator.device)
+                if dev_loss < state.best:
+                    state.best = dev_loss
+                    _save(task, recipe.out / "best", state.log, share)
             at_update = state.step % recipe.optim.accumulate == 0
-            due = at_update and time.monotonic() - saved > 60 * recipe.save_minutes
-            if first and (last or due):
+            if at_update:
+                waited = as_first(time.monotonic() - saved, share, accelerator.device)
+            if last or (at_update and waited > 60 * recipe.save_minutes):
                 for parameter in trainable.values():  # before a loss has come of it
-                    _check_finite(parameter.detach().sum().item(), recipe, step)
+                    _check_finite(own_part(parameter.detach()).sum().item(), recipe, step)
                 state.save()
                 saved = time.monotonic()
             progress.update(bar, completed=state.step)
+    _save(task, recipe.out / "last", state.log, share)
     if writer:
-        replace_folder(recipe.out / "last", lambda folder: task.save(folder, state.log))
         writer.close()
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -183,12 +193,19 @@ def _means(losses: list[dict[str, float]]) -> dict[str, float]:
     return {name: fmean(step[name] for step in losses if name in step) for name in names}
 
 
-def _evaluate(task: Task, step: int) -> dict[str, float]:
-    task.model.eval()
+def _evaluate(losses_of: Losses, step: int) -> dict[str, float]:
+    losses_of.model.eval()
     with torch.compiler.set_stance("force_eager"):  # decoding has shapes of its own
-        measured = task.evaluate(step)
-    task.model.train()
+        measured = losses_of.evaluate(step)
+    losses_of.model.train()
     return measured
+
+
+def _save(task: Task, folder: Path, log: list[dict[str, Any]], share: Share) -> None:
+    """The task's checkpoint: all processes put its tensors together, the first one writes them."""
+    tensors = whole(task.tensors(), share)
+    if share.rank == 0:
+        replace_folder(folder, lambda draft: task.save(draft, tensors, log))
 
 
 def trainable_parameters(task: Task) -> dict[str, nn.Parameter]:

@@ -1,7 +1,9 @@
 """Muon for many small matrices: torch's, with matrices of one shape orthogonalised together.
 
 torch.optim.Muon takes them one by one. LoRA has hundreds, too small to fill a core, let alone a
-GPU: mel-mini's 140 take 56 ms one by one and 9 ms together (one core).
+GPU: mel-mini's 140 take 56 ms one by one and 9 ms together (one core). Where each process holds
+some rows of every matrix (FSDP), momentum needs no more, and the matrices are shared out whole to
+be orthogonalised.
 """
 
 from collections.abc import Iterator
@@ -10,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from melprobe.training.processes import own_part
 
 _COEFFICIENTS = (3.4445, -4.775, 2.0315)
 _ITERATIONS = 5
@@ -31,14 +36,15 @@ class Muon(torch.optim.Muon):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for matrices in _of_one_shape(group["params"]):
-                gradients = torch.stack([m.grad for m in matrices if m.grad is not None])
-                momenta = [self._momentum_of(m) for m in matrices]
+                gradients = torch.stack([own_part(m.grad) for m in matrices if m.grad is not None])
+                momenta = [own_part(self._momentum_of(m)) for m in matrices]
                 torch._foreach_lerp_(momenta, list(gradients.unbind()), 1 - group["momentum"])
                 nesterov = gradients.lerp_(torch.stack(momenta), group["momentum"])
-                rate = group["lr"] * 0.2 * max(nesterov.shape[1:]) ** 0.5
-                torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-                updates = orthogonalise(nesterov).to(gradients.dtype)
-                torch._foreach_add_(matrices, list(updates.unbind()), alpha=-rate)
+                rate = group["lr"] * 0.2 * max(matrices[0].shape) ** 0.5
+                moved = [own_part(m) for m in matrices]
+                torch._foreach_mul_(moved, 1 - group["lr"] * group["weight_decay"])
+                updates = _orthogonal_rows(nesterov, matrices[0]).to(gradients.dtype)
+                torch._foreach_add_(moved, list(updates.unbind()), alpha=-rate)
 
     def _momentum_of(self, matrix: Tensor) -> Tensor:
         state = self.state[matrix]
@@ -52,6 +58,25 @@ def _of_one_shape(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
     moved = sorted((m for m in matrices if m.grad is not None), key=lambda m: m.shape)
     for _, alike in groupby(moved, key=lambda m: m.shape):
         yield list(alike)
+
+
+def _orthogonal_rows(rows: Tensor, matrix: Tensor) -> Tensor:
+    """`orthogonalise` of matrices like `matrix` (R, C), of which this process has `rows` (N, r, C).
+
+    Every process orthogonalises some of the N and gets its rows of all of them back.
+    """
+    if not isinstance(matrix, DTensor):
+        return orthogonalise(rows)
+    shape = torch.Size((len(rows), *matrix.shape))
+    strides = (matrix.numel(), matrix.shape[1], 1)
+
+    def moved(part: Tensor, dim: int, to: int) -> Tensor:
+        tensor = DTensor.from_local(
+            part, matrix.device_mesh, [Shard(dim)], shape=shape, stride=strides
+        )
+        return tensor.redistribute(placements=[Shard(to)]).to_local()
+
+    return moved(orthogonalise(moved(rows, 1, 0)), 0, 1)
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:

@@ -1,5 +1,9 @@
 """Several processes that train one model, each on its share of every batch.
 
+Either every process holds the whole model (DistributedDataParallel), or its part of each tensor
+(FSDP2), which is put together block by block while it is needed. Tensors that are held in parts are
+`DTensor`s; whoever needs one whole asks all processes at once.
+
 Batch number n holds the same clips, changed in the same ways, however many processes there are, so
 that a run may go on with another number of them. Losses are means over tokens, patches or clips, of
 which the shares hold unlike numbers: each process divides its own sum by the number in all shares,
@@ -17,11 +21,16 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from melprobe.errors import UsageError
+from melprobe.hooks.layers import decoder_blocks
+from melprobe.training.recipe import Parallel
 
-# The others wait for the first while it measures and saves.
+# The others wait for the first while it writes.
 _PATIENCE = timedelta(hours=2)
 
 
@@ -90,6 +99,10 @@ class Losses(nn.Module):
             mean = idle_mean
         return self.task.losses(self.model, batch, step, mean)
 
+    def evaluate(self, step: int) -> dict[str, float]:
+        """The task's measures, the same in all processes, which must all take part."""
+        return self.task.evaluate(step)
+
 
 def make_accelerator(device: torch.device, *, bf16: bool, accumulate: int) -> Accelerator:
     """On all processes that torchrun started; UsageError where it does not find them."""
@@ -111,8 +124,15 @@ def make_accelerator(device: torch.device, *, bf16: bool, accumulate: int) -> Ac
     return accelerator
 
 
-def data_parallel(losses: Losses, device: torch.device) -> nn.Module:
-    """`losses`, with gradients averaged over the processes where there are several."""
+def spread(losses: Losses, device: torch.device, parallel: Parallel) -> nn.Module:
+    """`losses` on `device`, with gradients averaged over the processes where there are several.
+
+    By FSDP the parameters of `losses` are then others, each a process' part of those before.
+    """
+    if losses.share.processes > 1 and parallel == "fsdp":
+        _shard(losses, device)
+        return losses
+    losses.to(device)
     if losses.share.processes == 1:
         return losses
     return DistributedDataParallel(
@@ -120,6 +140,50 @@ def data_parallel(losses: Losses, device: torch.device) -> nn.Module:
         device_ids=[device] if device.type == "cuda" else None,
         find_unused_parameters=True,  # stages differ in what learns
     )
+
+
+def _shard(losses: Losses, device: torch.device) -> None:
+    """Split the parameters of `losses` in place, moving a block at a time to `device`.
+
+    What is in no decoder block (embeddings, final norm, front, heads) is whole while the losses or
+    the measures are computed, since some of these read it outside of any module's `forward`. A pass
+    that ends early leaves the block where it ended whole; the backward pass sets that right.
+    Autocast chooses the precision, so FSDP gets no policy for it; and gradients are shared out
+    after each pass even when they are accumulated, since whole ones would need the memory that is
+    being saved.
+    """
+    mesh = init_device_mesh(device.type, (losses.share.processes,))
+    for block in decoder_blocks(losses.model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(losses, mesh=mesh)
+    register_fsdp_forward_method(losses, "evaluate")
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of `tensor`, in the same memory: some of its rows, or all."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensors: Mapping[str, Tensor], share: Share) -> dict[str, Tensor]:
+    """`tensors` put together from the processes' parts, on the CPU, for the first process alone.
+
+    All must ask. The others get nothing: several on one machine would fill its memory.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if share.rank == 0:
+            found[name] = full.detach().cpu()
+    return found
+
+
+def as_first(value: float, share: Share, device: torch.device) -> float:
+    """The first process' `value` in all of them: clocks and roundings are each one's own."""
+    if share.processes == 1:
+        return value
+    told = torch.tensor(value, dtype=torch.float64, device=device)
+    distributed.broadcast(told, 0)
+    return told.item()
 
 
 def over_processes(losses: Mapping[str, Tensor], share: Share) -> dict[str, float]:

@@ -13,6 +13,7 @@ from melprobe.model.config import AudioAttention, AudioFront
 # Much faster, and a short clip would be no mel window long.
 _Speed = Annotated[float, Field(ge=0.5, le=1.5)]
 _Beta = Annotated[float, Field(ge=0, lt=1)]
+Parallel = Literal["ddp", "fsdp"]
 
 
 class RecipePart(BaseModel):
@@ -263,6 +264,9 @@ class _Run(RecipePart):
     precision: Literal["float32", "bf16"] = "bf16"
     compile: bool = False
     """torch.compile the decoder blocks: needs a C++ compiler and a minute, then halves the time."""
+    parallel: Parallel = "ddp"
+    """What each of several processes holds: `ddp` the whole model, `fsdp` its part of each tensor.
+    It changes no result, so a run may go on with the other."""
     optim: Optim = Optim()
     log_every: Annotated[int, Field(ge=1)] = 20
     evaluate_every: Annotated[int, Field(ge=1)] = 250

@@ -188,8 +188,11 @@ class SpeechTask:
             )
         return {key: losses[key].item() for key in ("phones_right", "tokens_right")}
 
-    def save(self, folder: Path, log: list[dict[str, Any]]) -> None:
-        checkpoint.save(self.model, self.processor, folder)
+    def tensors(self) -> dict[str, Tensor]:
+        return checkpoint.saved_tensors(self.model)
+
+    def save(self, folder: Path, tensors: dict[str, Tensor], log: list[dict[str, Any]]) -> None:
+        checkpoint.save(self.model, self.processor, folder, tensors=tensors)
         (folder / "recipe.json").write_text(self.recipe.model_dump_json(indent=2) + "\n")
         (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
         data = {

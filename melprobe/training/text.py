@@ -85,9 +85,12 @@ class TextTask:
         copied = self._loss([self._example(s, copy=True) for s in self.dev])
         return {"dev_loss": plain + copied, "dev_plain": plain, "dev_copied": copied}
 
-    def save(self, folder: Path, log: list[dict[str, Any]]) -> None:
+    def tensors(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
+
+    def save(self, folder: Path, tensors: dict[str, Tensor], log: list[dict[str, Any]]) -> None:
         kept = LlamaForCausalLM(copy.deepcopy(self.model.config))
-        kept.load_state_dict(self.model.state_dict())
+        kept.load_state_dict(tensors)
         kept.config.use_cache = True
         kept.to(torch.bfloat16).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
