@@ -337,10 +337,10 @@ def test_series_of_sets_are_cut_in_turn(folder, layers, sets):
     ("option", "by", "says"),
     [
         ("--ablate-attention", "zero", "each block is run without attention in turn"),
-        ("--ablate-mlp", "mean", "gives way to its mean over all utterances"),
+        ("--ablate-mlp", "mean", "gives way to its mean over all that is given"),
         ("--ablate-attention", "resample", "gives way to what it adds to another clip"),
         ("--ablate-heads", "zero", "each attention head is left out in turn"),
-        ("--ablate-heads", "mean", "gives way to its mean over all utterances"),
+        ("--ablate-heads", "mean", "gives way to its mean over all that is given"),
     ],
 )
 def test_parts_of_blocks_give_way(folder, option, by, says):
