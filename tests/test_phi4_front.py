@@ -15,7 +15,6 @@ from transformers import (
     Phi4MultimodalForCausalLM,
 )
 
-from melprobe.corpus.manifest import read_manifest, write_manifest
 from melprobe.errors import UsageError
 from melprobe.model import checkpoint
 from melprobe.model.adapter import adapter_state, merge_lora, read_adapter
@@ -29,7 +28,7 @@ from melprobe.training.speech import SpeechTask
 from melprobe.training.start import take_over
 from melprobe.wheels import file_sha256
 from tests.test_starts import recipe
-from tests.tiny import TEXTS, tiny_config, tiny_listener, waves
+from tests.tiny import TEXTS, split_clips, tiny_config, tiny_listener, waves
 
 LAYOUTS = ("phi4_multimodal", "phi4mm")
 TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -280,9 +279,7 @@ def test_over_another_base_the_projection_is_drawn_anew(sources, tmp_path):
 )
 def test_two_steps_of_training_from_there(folder, sources, tmp_path, encoder, learns):
     start = str(sources[0] / "phi4mm")
-    clips = read_manifest(folder / "data.jsonl")
-    write_manifest(tmp_path / "train.jsonl", clips[:4])
-    write_manifest(tmp_path / "dev.jsonl", clips[4:])
+    split_clips(folder, tmp_path)
     made = recipe(folder, tmp_path, "run", steps=2, precision="bf16")
     made = made.model_copy(update={"model": Model(init=start, encoder=encoder)})
     task = SpeechTask(made)

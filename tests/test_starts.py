@@ -5,7 +5,6 @@ import shutil
 import pytest
 import torch
 
-from melprobe.corpus.manifest import read_manifest, write_manifest
 from melprobe.errors import UsageError
 from melprobe.model import checkpoint
 from melprobe.model.adapter import adapter_state, read_adapter
@@ -15,15 +14,14 @@ from melprobe.training.recipe import SpeechRecipe
 from melprobe.training.speech import SpeechTask
 from melprobe.wheels import file_sha256
 from tests.test_whisper_front import whisper_folder
+from tests.tiny import split_clips
 
 
 @pytest.fixture(scope="module")
 def place(folder, tmp_path_factory):
     """Manifests to train on and to watch, and a Whisper for the twin."""
     place = tmp_path_factory.mktemp("starts")
-    clips = read_manifest(folder / "data.jsonl")
-    write_manifest(place / "train.jsonl", clips[:4])
-    write_manifest(place / "dev.jsonl", clips[4:])
+    split_clips(folder, place)
     whisper_folder(place / "whisper")
     return place
 

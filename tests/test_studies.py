@@ -14,7 +14,6 @@ from melprobe import study
 from melprobe.analysis.seeds import difference_over_seeds, over_seeds
 from melprobe.analysis.study import swap_partners
 from melprobe.audio.load import load_utterance
-from melprobe.corpus.manifest import read_manifest, write_manifest
 from melprobe.errors import UsageError
 from melprobe.listener import load
 from melprobe.model.ancestry import read_ancestors
@@ -26,15 +25,14 @@ from melprobe.studies.running import plan
 from melprobe.studies.sizes import FOLDER, read_size
 from melprobe.training.speech import SpeechTask
 from tests.test_whisper_front import whisper_folder
+from tests.tiny import split_clips
 
 
 @pytest.fixture(scope="module")
 def tiny_size(folder, tmp_path_factory):
     """A size that trains four steps on noise, as a file."""
     place = tmp_path_factory.mktemp("size")
-    clips = read_manifest(folder / "data.jsonl")
-    write_manifest(place / "train.jsonl", clips[:4])
-    write_manifest(place / "dev.jsonl", clips[4:])
+    split_clips(folder, place)
     whisper_folder(place / "whisper")
     size = {
         "hardware": "a test",

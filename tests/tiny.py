@@ -8,7 +8,7 @@ import soundfile
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from melprobe.corpus.manifest import Utterance, write_manifest
+from melprobe.corpus.manifest import Utterance, read_manifest, write_manifest
 from melprobe.listener import Listener
 from melprobe.model import checkpoint
 from melprobe.model.ancestry import write_ancestors
@@ -153,3 +153,10 @@ def tiny_manifest(path: Path) -> list[Utterance]:
         utterances.append(Utterance(clip.name, clip, text, len(wave) / 16_000, "noise"))
     write_manifest(path, utterances)
     return utterances
+
+
+def split_clips(folder: Path, place: Path) -> None:
+    """The clips of `folder`'s manifest, four to train on and the rest to watch, by `place`'s."""
+    clips = read_manifest(folder / "data.jsonl")
+    write_manifest(place / "train.jsonl", clips[:4])
+    write_manifest(place / "dev.jsonl", clips[4:])

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import jiwer
 import pandas as pd
 
-from melprobe.report import reading
+from melprobe.report import reading, terms
 from melprobe.report.notation import label_text
 from melprobe.report.schema import Results
 
@@ -97,8 +97,8 @@ def examples(run_dir: Path, results: Results, rows: pd.DataFrame) -> list[Exampl
 
 def _label(results: Results, condition: str, layer: str) -> str:
     if not layer:
-        return f"other {reading.medium(results).one}" if condition == "swapped" else condition
-    return f"{reading.cut(results).verb} {label_text(layer)}"
+        return f"other {terms.medium(results).one}" if condition == "swapped" else condition
+    return f"{terms.cut(results).verb} {label_text(layer)}"
 
 
 def _transcript(row: pd.Series, label: str) -> Transcript:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from melprobe.report import reading, words
+from melprobe.report import reading, terms, words
 from melprobe.report.notation import label_text
 from melprobe.report.reading import OUTCOMES, Outcome
 from melprobe.report.schema import Interval, Layer, Results
@@ -207,8 +207,8 @@ def scale(results: Results, figure: Figure, narrow: bool) -> None:
     _stack(bottom, 1, layer, baseline["reference_words"], flat=True)
     deaf = 100 * results["gate"]["wer_swapped"]
     bottom.barh(2, deaf, 0.56, facecolor="none", edgecolor=COLOURS["muted"], linewidth=1)
-    changed = f"{reading.cut(results).verb} {label_text(layer['layer'])}"
-    bottom.set_yticks([0, 1, 2], ["intact", changed, f"other {reading.medium(results).one}"])
+    changed = f"{terms.cut(results).verb} {label_text(layer['layer'])}"
+    bottom.set_yticks([0, 1, 2], ["intact", changed, f"other {terms.medium(results).one}"])
     bottom.invert_yaxis()
     bottom.spines["left"].set_visible(False)
     bottom.tick_params(axis="y", length=0, labelcolor=COLOURS["ink"])
@@ -216,7 +216,7 @@ def scale(results: Results, figure: Figure, narrow: bool) -> None:
 
 
 def _as_if(results: Results) -> str:
-    return f"as if {reading.medium(results).deaf}"
+    return f"as if {terms.medium(results).deaf}"
 
 
 PAINTERS = {
@@ -234,7 +234,7 @@ def _block_axis(ax: Axes, results: Results, narrow: bool) -> list[int]:
     ax.set_xlim(min(xs) - 0.8, max(xs) + 0.8)
     which = reading.SERIES.get(reading.series(results), "block {1}")
     size = results["question"]["layers"].partition(":")[2]
-    ax.set_xlabel(which.format(size, reading.cut(results).done))
+    ax.set_xlabel(which.format(size, terms.cut(results).done))
     if reading.series(results) == "picks":
         ways = ["\n".join(layer["picked_by"]) for layer in results["layers"]]
         ax.set_xticks(xs, ways)

@@ -12,7 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from melprobe.analysis.gate import GATE_NAT, GATE_WER
-from melprobe.report import reading, schema, words
+from melprobe.report import reading, schema, terms, words
 from melprobe.report.examples import examples
 from melprobe.report.figures import drawings
 from melprobe.report.notation import interval, label_text, names, number, percent, points
@@ -52,10 +52,11 @@ def render(run_dir: Path) -> Path:
     page = environment.get_template("report.html.j2").render(
         results=results,
         reading=reading,
+        terms=terms,
         gate_nat=GATE_NAT,
         gate_wer=GATE_WER,
         words=words,
-        cut=reading.cut(results),
+        cut=terms.cut(results),
         outcomes=[reading.outcome(x, results["margin"]["damage"]) for x in results["layers"]],
         drawings=drawings(results),
         examples=examples(run_dir, results, rows),

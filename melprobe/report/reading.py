@@ -5,8 +5,9 @@ with the margin that was fixed beforehand; nothing is said of blocks when the ga
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
+from melprobe.report import terms
 from melprobe.report.notation import (
     equals,
     interval,
@@ -20,6 +21,7 @@ from melprobe.report.notation import (
     sentence,
 )
 from melprobe.report.schema import Layer, Results
+from melprobe.report.terms import Cut
 
 Outcome = Literal["costly", "spare", "open", "built-in"]
 OUTCOMES: dict[Outcome, str] = {
@@ -38,124 +40,6 @@ SERIES = {
     "greedy": "number of blocks {1}, the least harmful next",
     "picks": "how the {0} blocks {1} were chosen",
 }
-
-
-class Cut(NamedTuple):
-    """What is done to a block at some positions; see `melprobe.hooks.cuts`."""
-
-    verb: str
-    ing: str
-    done: str
-    spared: str
-    """What isn't needed where the cut costs nothing."""
-
-
-CUTS = {
-    "skip": Cut("skip", "skipping", "skipped", "No single block is needed {}"),
-    "knock-out": Cut(
-        "knock out", "knocking out", "knocked out", "No single block’s reading is needed {}"
-    ),
-    "bypass": Cut("bypass", "bypassing", "bypassed", "No single block is needed {}"),
-    "patch": Cut("patch", "patching", "patched", "No block still reads what stands {}"),
-    "without-lora": Cut(
-        "no LoRA in",
-        "switching LoRA off in",
-        "run without LoRA",
-        "No single block’s LoRA is needed {}",
-    ),
-}
-
-
-PARTS = {"no-attention": "attention", "no-mlp": "MLP"}
-# Of a part, which takes the place of {0}.
-BY = {
-    "zero": Cut(
-        "no {0} in",
-        "leaving out the {0} of",
-        "run without {0}",
-        "No single block’s {0} is needed {{}}",
-    ),
-    "mean": Cut(
-        "mean {0} in",
-        "putting its mean in place of the {0} of",
-        "run on mean {0}",
-        "No single block’s {0} is needed {{}} beyond its mean",
-    ),
-    "resample": Cut(
-        "another clip’s {0} in",
-        "putting another clip’s in place of the {0} of",
-        "run on another clip’s {0}",
-        "No single block’s {0} is needed {{}} as it is for this clip",
-    ),
-}
-
-
-HEADS = {
-    "zero": Cut("no head", "leaving out", "left out", "No single head is needed {}"),
-    "mean": Cut(
-        "mean of head",
-        "putting its mean in place of",
-        "replaced by its mean",
-        "No single head is needed {} beyond its mean",
-    ),
-    "resample": Cut(
-        "another clip’s head",
-        "putting another clip’s in place of",
-        "replaced by another clip’s",
-        "No single head is needed {} as it is for this clip",
-    ),
-}
-
-
-class Medium(NamedTuple):
-    """What the model was given, as a report speaks of it."""
-
-    one: str
-    right: str
-    """Being given what belongs to the answer."""
-    deaf: str
-    """What a model is like that was given another one."""
-    answer: str
-    gate: str
-    does: str
-    """What the gate asks of the model."""
-    passed: str
-    failed: str
-
-
-AUDIO = Medium(
-    one="clip",
-    right="hearing the right clip",
-    deaf="deaf",
-    answer="transcript",
-    gate="listening",
-    does="listen",
-    passed="The model listens: its answers depend on the clip that it hears.",
-    failed="A deaf model makes every layer look dispensable, because its text prior answers.",
-)
-TEXT = Medium(
-    one="text",
-    right="reading the right text",
-    deaf="reading another text",
-    answer="copy",
-    gate="reading",
-    does="copy",
-    passed="The model copies: its answers depend on the text that it reads.",
-    failed="Where answers don’t depend on the text that is read, every layer looks dispensable.",
-)
-
-
-def medium(results: Results) -> Medium:
-    return TEXT if results["question"]["copy_text"] else AUDIO
-
-
-def cut(results: Results) -> Cut:
-    question = results["question"]
-    if question["cut"] == "no-head":
-        return HEADS[question["by"]]
-    if part := PARTS.get(question["cut"]):
-        return Cut(*(text.format(part) for text in BY[question["by"]]))
-    return CUTS[question["cut"]]
 
 
 def outcome(layer: Layer, margin: float) -> Outcome:
@@ -204,14 +88,14 @@ def headline(results: Results) -> str:
     if not gate["passed"]:
         gap = gate["nll_gap_ci"]
         worth = f"at least {number(gap[0])}" if gap else "an unknown number of"
-        given = medium(results)
+        given = terms.medium(results)
         return (
             f"No claim about layers is made: {results['checkpoint']['name']} did not pass the "
             f"{given.gate} gate ({given.right} is worth {worth} nat per token, and the word error "
             f"rate with another {given.one} is {percent(gate['wer_swapped'])})."
         )
     if not results["layers"]:
-        return f"No block was {cut(results).done}, so there is nothing to say of layers yet."
+        return f"No block was {terms.cut(results).done}, so there is nothing to say of layers yet."
     if not series(results):
         return _set_headline(results, where, margin)
     if series(results) in {*SERIES, EACH_HEAD}:
@@ -230,8 +114,8 @@ def headline(results: Results) -> str:
             f"no band lies on one side of the margin {equals(margin)}"
         ]
     else:
-        parts = _costly(groups["costly"], where, margin, medium(results).deaf)
-        parts += _rest(groups, cut(results), where, margin)
+        parts = _costly(groups["costly"], where, margin, terms.medium(results).deaf)
+        parts += _rest(groups, terms.cut(results), where, margin)
     if groups["built-in"]:
         verb = "cost" if len(groups["built-in"]) > 1 else "costs"
         parts.append(
@@ -282,7 +166,7 @@ def _patch_headline(layers: Sequence[Layer], where: str, margin: float) -> str:
 
 def _set_headline(results: Results, where: str, margin: float) -> str:
     layer = results["layers"][0]
-    skipped = sentence(f"{cut(results).ing} {names([layer])} {where}")
+    skipped = sentence(f"{terms.cut(results).ing} {names([layer])} {where}")
     if layer["zero_by_construction"]:
         return f"{skipped} costs nothing by construction, which is no finding."
     if layer["damage_ci"] is None:
@@ -294,8 +178,8 @@ def _set_headline(results: Results, where: str, margin: float) -> str:
     }[outcome(layer, margin)]
     return (
         f"{skipped} takes the model {number(layer['damage'])} {interval(layer['damage_ci'])} of "
-        f"the way from intact (0) to {medium(results).deaf} (1), {says}; the word error rate moves "
-        f"by {points(layer['delta_wer'])} points to {percent(layer['wer'])}."
+        f"the way from intact (0) to {terms.medium(results).deaf} (1), {says}; the word error rate "
+        f"moves by {points(layer['delta_wer'])} points to {percent(layer['wer'])}."
     )
 
 
@@ -311,7 +195,7 @@ def _series_headline(results: Results) -> str:
     if not counted:
         return f"Nothing to find {place(results)}{after}"
     kinds = [outcome(layer, margin) for layer in counted]
-    done = cut(results).done
+    done = terms.cut(results).done
     if series(results) == "picks":
         ordered = by_damage(counted)[::-1]
         size = results["question"]["layers"].partition(":")[2]

@@ -5,7 +5,7 @@ Like `reading`, pure functions of `results.json`.
 
 from typing import NamedTuple
 
-from melprobe.report import reading
+from melprobe.report import reading, terms
 from melprobe.report.notation import (
     equals,
     interval,
@@ -36,7 +36,7 @@ def title(results: Results) -> str:
         return "Which heads copy text?" if copies(results) else "Which heads listen?"
     if reading.series(results):
         return "Which layers copy text?" if copies(results) else "Which layers listen?"
-    return f"Can {names(results['layers'])} be {reading.cut(results).done}?"
+    return f"Can {names(results['layers'])} be {terms.cut(results).done}?"
 
 
 EFFECTS = {
@@ -92,7 +92,7 @@ TEXT_PLACES = PLACES | {
 
 def question(results: Results) -> str:
     """What was asked, for somebody who has not read the design."""
-    done = reading.cut(results).done
+    done = terms.cut(results).done
     name, _, times = results["question"]["positions"].partition(":")
     when = f" from {times.replace('-', ' to ')} s" if times else ""
     series = reading.series(results)
@@ -105,7 +105,7 @@ def question(results: Results) -> str:
     if not series:
         who = names(results["layers"])
         what = f"{who} are {done} together" if who.startswith("blocks") else f"{who} is {done}"
-    given = reading.medium(results)
+    given = terms.medium(results)
     effect = EFFECTS[results["question"]["cut"]].format(
         instead=instead(results), answer=given.answer
     )
@@ -160,7 +160,7 @@ def sample(results: Results) -> str:
 
 def damage(results: Results) -> Caption:
     layers, margin = results["layers"], results["margin"]["damage"]
-    ing, each = reading.cut(results).ing, reading.series(results) == reading.EACH_BLOCK
+    ing, each = terms.cut(results).ing, reading.series(results) == reading.EACH_BLOCK
     top = ", ".join(
         f"{names([layer])} {number(layer['damage'])}" for layer in reading.by_damage(layers)[:3]
     )
@@ -181,7 +181,7 @@ def damage(results: Results) -> Caption:
 
 
 def heads(results: Results) -> Caption:
-    layers, ing = results["layers"], reading.cut(results).ing
+    layers, ing = results["layers"], terms.cut(results).ing
     worst = reading.by_damage(layers)[0]
     return Caption(
         "What each head is worth",
@@ -207,7 +207,7 @@ def errors(results: Results) -> Caption:
         "ran in a loop "
         f"(n = {sample(results)}, {baseline['reference_words']} reference words).",
         f"Change in word error rate and kinds of errors for each {marks} "
-        f"{reading.cut(results).done}. Highest word error "
+        f"{terms.cut(results).done}. Highest word error "
         f"rate: {percent(worst['wer'])} with {names([worst])}; intact model "
         f"{percent(baseline['wer'])}.",
     )
@@ -231,7 +231,7 @@ def similarity(results: Results) -> Caption:
 
 def scale(results: Results) -> Caption:
     layer, baseline = results["layers"][0], results["baseline"]
-    who, cut, given = names([layer]), reading.cut(results), reading.medium(results)
+    who, cut, given = names([layer]), terms.cut(results), terms.medium(results)
     other = f"another {given.one}"
     return Caption(
         f"Between intact and {given.deaf}",
