@@ -315,16 +315,16 @@ def test_a_bad_key_stops_the_build_or_is_listed(tmp_path, capsys, name):
 
 
 @pytest.mark.parametrize(
-    ("last", "behind"), [(5000, "g.txt"), (-100, "g.txt"), (None, "l.wav")], ids=str
+    ("last", "after"), [(5000, "g.txt"), (-100, "g.txt"), (None, "l.wav")], ids=str
 )
-def test_a_tar_that_is_cut_short_gives_what_is_whole(tmp_path, capsys, last, behind):
+def test_a_tar_that_is_cut_short_gives_what_is_whole(tmp_path, capsys, last, after):
     """Inside a recording, inside its header, and between two files, where tarfile says nothing."""
     tar = write_tar(tmp_path / "a.tar", *GOOD, ("l.wav", WAV))
     with tarfile.open(tar) as whole:
         member = whole.getmember("l.wav")
     end = member.offset_data + -(-member.size // 512) * 512
     tar.write_bytes(tar.read_bytes()[: end if last is None else member.offset_data + last])
-    reason = f"{tar}: cut short or damaged behind {behind}"
+    reason = f"{tar}: cut short or damaged after {after}"
     assert stops_or_is_listed(tmp_path, reason, capsys) == ["a.tar/g.wav"]
 
 

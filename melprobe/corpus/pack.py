@@ -3,7 +3,8 @@
 Writes webdataset tars (NUMBER.flac, or as a recording's file ends, and NUMBER.json with what the
 manifest says) and manifests of them, named as those that were given. Bytes are copied as they are
 and not decoded, and ids stay the same, so results do too. The folder must be new: it appears at the
-end with all that is in it, so a run that is stopped has to begin again.
+end with all that is in it. A run that is stopped has to begin again; one that is killed leaves a
+folder .FOLDER-... beside it.
 """
 
 import argparse

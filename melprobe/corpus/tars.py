@@ -156,8 +156,8 @@ def _scan(tar: TarFile, path: Path) -> tuple[list[TarInfo], list[BadShard]]:
         whole = False
     files = [f for f in files if f.isreg() and f.offset_data + f.size <= end]
     if not whole:
-        behind = f"behind {files[-1].name}" if files else "at its beginning"
-        bad = [BadShard(f"{path}: cut short or damaged {behind}")]
+        after = f"after {files[-1].name}" if files else "at its beginning"
+        bad = [BadShard(f"{path}: cut short or damaged {after}")]
     for file in files:  # other encodings could not be written into a manifest
         file.name = file.name.encode(errors="surrogateescape").decode(errors="replace")
     return files, bad
