@@ -125,7 +125,7 @@ def leave_out(
         why, u = reason(place), utterances[place]
         if why is None:
             continue
-        line = f"{u.where}: {u.audio}: {why}"
+        line = f"{u.place}: {why}"
         if on_bad == "error":
             raise BadAudio(line)
         left_out.insert(0, line)

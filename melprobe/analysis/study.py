@@ -55,7 +55,7 @@ class LayerStudy:
         if max(sizes) > most:
             u = self.utterances[sizes.index(max(sizes))]
             raise UsageError(
-                f"{u.where}: {u.audio}: takes {max(sizes) / 1e6:.0f} MB in a study, and there are "
+                f"{u.place}: takes {max(sizes) / 1e6:.0f} MB in a study, and there are "
                 f"{most / 1e6:g} for clips (half of --memory {self.memory_mb}): give more memory "
                 "or cut it"
             )

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import BatchFeature
 
-from melprobe.audio.load import load_utterance
+from melprobe.audio.load import load_utterance, recording_bytes
 from melprobe.capture import batches, describe, hear, records
 from melprobe.corpus.manifest import Utterance, write_manifest
 from melprobe.corpus.text import plain_text
@@ -118,8 +118,8 @@ def peak_memory(
             for i in range(count):
                 u = utterances[i % len(utterances)]
                 copy = Path(place) / f"{i}{u.audio.suffix}"
-                shutil.copy(u.audio, copy)
-                copies.append(replace(u, id=copy.name, audio=copy))
+                copy.write_bytes(recording_bytes(u))
+                copies.append(replace(u, id=copy.name, audio=copy, bytes=None))
             write_manifest(manifest, copies)
             out = ["--data", str(manifest), "--limit", "0", "--out", str(Path(place) / "out")]
             found[str(count)] = _peak_mb([*words, *out])

@@ -1,11 +1,13 @@
 """`python -m melprobe.corpus build NAME`: make one of the corpora, all of which end in manifests.
 `python -m melprobe.corpus align NAME/SPLIT...`: give recordings word and phone times.
+`python -m melprobe.corpus pack NAME/SPLIT... --out FOLDER`: many small files into few large tars.
 
     asterisk  telephone prompts, one speaker (apt packages)
     queen     the voices of a game, some 30 characters (apt package)
     synth     sentences spoken by flite, espeak-ng and festival, with phone and word times
     jsonl     your own manifest, checked, and its audio as 16 kHz FLAC
     hub       a Hugging Face data set by id
+    shards    lhotse Shar or webdataset tars, left where and as they are
 
 A corpus is then named as NAME/SPLIT wherever a manifest is wanted: `queen/test`.
 """
@@ -16,16 +18,16 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from melprobe.cache import cache_dir
-from melprobe.corpus import align
+from melprobe.corpus import align, pack
 from melprobe.corpus.manifest import BUILDABLE, check_name
 from melprobe.errors import Parser, run
 
 CORPORA = {name: f"melprobe.corpus.{name}" for name in ("asterisk", "queen", "synth", "hub")}
-CORPORA["jsonl"] = "melprobe.corpus.user"
+CORPORA |= {"jsonl": "melprobe.corpus.user", "shards": "melprobe.corpus.tars"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Build the corpus that `argv` names, or align; each corpus module has options of its own."""
+    """Build the corpus that `argv` names, align or pack; each corpus has options of its own."""
     parser = Parser(
         prog="python -m melprobe.corpus",
         description=__doc__,
@@ -42,9 +44,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     align.add_arguments(aligning)
+    packing = actions.add_parser(
+        "pack",
+        help="many small files into few large tars",
+        description=pack.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    pack.add_arguments(packing)
     args = parser.parse_args(argv)
     if args.action == "align":
         align.run(args)
+        return
+    if args.action == "pack":
+        pack.run(args)
         return
     module = import_module(CORPORA[args.corpus])
     own = Parser(

@@ -1,5 +1,6 @@
-"""What every corpus of recordings does: write clips as 16 kHz FLAC, and say what came of it."""
+"""What corpora of recordings do: write clips as 16 kHz FLAC, and say what came of it."""
 
+import argparse
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -30,11 +31,34 @@ def clip_seconds(path: Path, wave: Callable[[], np.ndarray]) -> float:
     return soundfile.info(path).duration
 
 
+def add_on_bad_audio(parser: argparse.ArgumentParser) -> None:
+    """The option of builders that know each recording beforehand."""
+    parser.add_argument(
+        "--on-bad-audio",
+        choices=["error", "skip"],
+        default="error",
+        help="stop at a bad recording, or leave it out and say so (default %(default)s)",
+    )
+
+
+def name_left_out(reasons: Iterable[str]) -> None:
+    """A line on stderr for each recording that was left out."""
+    console = Console(stderr=True)
+    for reason in reasons:
+        console.print(reason, highlight=False, markup=False, soft_wrap=True)
+
+
 def finish(folder: Path, splits: dict[str, list[Utterance]], left_out: Iterable[str]) -> None:
-    """Write each split's manifest; print clips, minutes, speakers, and why clips were left out."""
-    table = Table("split", "clips", "minutes", "speakers", title=str(folder))
+    """Write each split's manifest, and `show` them."""
     for split, utterances in splits.items():
         write_manifest(folder / f"{split}.jsonl", utterances)
+    show(folder, splits, left_out)
+
+
+def show(folder: Path, splits: dict[str, list[Utterance]], left_out: Iterable[str]) -> None:
+    """Print clips, minutes and speakers of each split, and why clips were left out."""
+    table = Table("split", "clips", "minutes", "speakers", title=str(folder))
+    for split, utterances in splits.items():
         minutes = sum(u.duration for u in utterances) / 60
         speakers = len({u.speaker for u in utterances} - {""}) or "not named"
         table.add_row(split, str(len(utterances)), f"{minutes:.1f}", str(speakers))

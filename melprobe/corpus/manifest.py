@@ -1,9 +1,17 @@
 """The one manifest that every corpus ends in: JSON lines, one utterance a line.
 
 Fields: `audio` (path relative to the manifest), `text`, `duration` (seconds), and optionally
-`speaker`, `source`, `phones` and `words` (lists of [label, start, end], seconds). Other fields are
-left unread. A corpus is a folder with one manifest per split: `train.jsonl`, `dev.jsonl`,
-`test.jsonl`. Reading a manifest does not open its audio: `melprobe.audio.load` does.
+`speaker`, `source`, `phones` and `words` (lists of [label, start, end], seconds). Where recordings
+lie inside larger files, such as tar shards, `audio` is the shard, `bytes` ([offset, size]) says
+where in it, and `id` may name the recording. Other fields are left unread. A corpus is a folder
+with one manifest per split: `train.jsonl`, `dev.jsonl`, `test.jsonl`. Reading a manifest does not
+open its audio: `melprobe.audio.load` does.
+
+Shards are not streamed one after the other, as lhotse's and webdataset's own readers do. A reader
+that has been killed would have to read again from the start, the order of batches would depend on
+the number of processes, and the leak check needs every text beforehand anyway. With the place of
+each recording in a manifest, which is small, a process reads the bytes of its own clips alone,
+nothing is unpacked, and whatever works on files works on shards.
 """
 
 import json
@@ -20,8 +28,8 @@ from melprobe.cache import cache_dir
 from melprobe.errors import UsageError
 
 BUILTIN = Path(__file__).parent / "builtin"
-FIELDS = {"audio", "text", "duration", "speaker", "source", "phones", "words"}
-BUILDABLE = ("asterisk", "queen", "synth", "jsonl", "hub")
+FIELDS = {"audio", "bytes", "text", "duration", "speaker", "source", "phones", "words"}
+BUILDABLE = ("asterisk", "queen", "synth", "jsonl", "hub", "shards")
 
 
 class Span(NamedTuple):
@@ -32,12 +40,20 @@ class Span(NamedTuple):
     end: float
 
 
+class Bytes(NamedTuple):
+    """Where a recording lies inside a larger file."""
+
+    offset: int
+    size: int
+
+
 @dataclass(frozen=True, slots=True)
 class Utterance:
     """One clip and what is said in it."""
 
     id: str
-    """The manifest's relative audio path, with forward slashes; unique in its manifest."""
+    """The manifest's relative audio path, with forward slashes, or in a shard what its line says;
+    unique in its manifest."""
     audio: Path
     """Absolute."""
     text: str
@@ -49,6 +65,16 @@ class Utterance:
     words: tuple[Span, ...] = ()
     where: str = ""
     """`manifest.jsonl:12`, for error messages."""
+    bytes: Bytes | None = None
+    """Those of `audio` that are the recording; None: all."""
+
+    @property
+    def place(self) -> str:
+        """Manifest line and file, for error messages."""
+        file = str(self.audio)
+        if self.bytes:
+            file += f", {self.bytes.size} bytes from {self.bytes.offset} on ({self.id})"
+        return f"{self.where}: {file}" if self.where else file
 
 
 def read_manifest(path: Path) -> list[Utterance]:
@@ -63,7 +89,8 @@ def read_manifest(path: Path) -> list[Utterance]:
         utterance = parse_record(record, path.absolute().parent, where)
         first = where_is.setdefault(utterance.id, where)
         if first != where:
-            raise UsageError(f"{where}: audio: {utterance.id} is already at {first}")
+            field = "audio" if utterance.bytes is None else "id"
+            raise UsageError(f"{where}: {field}: {utterance.id} is already at {first}")
         utterances.append(utterance)
     return utterances
 
@@ -71,7 +98,7 @@ def read_manifest(path: Path) -> list[Utterance]:
 def write_manifest(path: Path, utterances: Iterable[Utterance]) -> None:
     """Write a manifest whole or not at all; audio paths become relative to it."""
     folder = path.absolute().parent
-    write_records(path, (_record(utterance, folder) for utterance in utterances))
+    write_records(path, (to_record(utterance, folder) for utterance in utterances))
 
 
 def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
@@ -159,8 +186,14 @@ def parse_record(record: dict[str, Any], folder: Path, where: str) -> Utterance:
     duration = record["duration"]
     if not _is_seconds(duration) or duration == 0:
         raise UsageError(f"{where}: duration: must be seconds above 0, not {duration!r}")
+    within = _bytes(record, where)
+    name = audio.as_posix()
+    if within is not None:
+        # Only here: in other manifests an id is one of the fields that are left unread.
+        named = record.get("id") is not None
+        name = _string(record, "id", where) if named else f"{name}/{within.offset}"
     return Utterance(
-        id=audio.as_posix(),
+        id=name,
         audio=folder / audio,
         text=_string(record, "text", where),
         duration=float(duration),
@@ -169,7 +202,17 @@ def parse_record(record: dict[str, Any], folder: Path, where: str) -> Utterance:
         phones=_spans(record, "phones", where),
         words=_spans(record, "words", where),
         where=where,
+        bytes=within,
     )
+
+
+def _bytes(record: dict[str, Any], where: str) -> Bytes | None:
+    match record.get("bytes"):
+        case None:
+            return None
+        case [int(offset), int(size)] if offset >= 0 and size > 0:
+            return Bytes(offset, size)
+    raise UsageError(f"{where}: bytes: must be [offset, size], not {record['bytes']!r}")
 
 
 def _string(record: dict[str, Any], field: str, where: str, default: str | None = None) -> str:
@@ -198,9 +241,12 @@ def _is_seconds(value: object) -> TypeGuard[float]:
     return math.isfinite(value) and value >= 0
 
 
-def _record(utterance: Utterance, folder: Path) -> dict[str, Any]:
+def to_record(utterance: Utterance, folder: Path) -> dict[str, Any]:
+    """Its line in a manifest in `folder`."""
     record: dict[str, Any] = {
         "audio": Path(os.path.relpath(utterance.audio, folder)).as_posix(),
+        "bytes": utterance.bytes,
+        "id": utterance.id if utterance.bytes else None,
         "text": utterance.text,
         "duration": round(utterance.duration, 4),
         "speaker": utterance.speaker,

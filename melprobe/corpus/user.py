@@ -10,11 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from rich.console import Console
 from rich.progress import track
 
-from melprobe.audio.load import SAMPLE_RATE, BadAudio, load_utterance, load_wave
-from melprobe.corpus.clips import finish, write_clip
+from melprobe.audio.load import SAMPLE_RATE, BadAudio, decode_wave, load_utterance, recording_bytes
+from melprobe.corpus.clips import add_on_bad_audio, finish, name_left_out, write_clip
 from melprobe.corpus.manifest import Utterance, check_name, parse_record, read_records
 from melprobe.errors import UsageError
 
@@ -24,12 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("manifest", type=Path, help="JSON lines: audio, text, ...")
     parser.add_argument("--name", required=True, help="what to call the corpus")
     parser.add_argument("--split", default="test", help="default %(default)s")
-    parser.add_argument(
-        "--on-bad-audio",
-        choices=["error", "skip"],
-        default="error",
-        help="stop at a bad recording, or leave it out and say so (default %(default)s)",
-    )
+    add_on_bad_audio(parser)
 
 
 def build(args: argparse.Namespace, out: Path) -> None:
@@ -52,7 +46,8 @@ def _build(args: argparse.Namespace, out: Path, draft: Path) -> None:
         record["audio"] = record.get("audio") or record.get("audio_filepath")
         try:
             if record.get("duration") is None and record["audio"]:
-                wave = load_wave(folder / str(record["audio"]), where=where)
+                unmeasured = parse_record({**record, "duration": 1}, folder, where)
+                wave = decode_wave(recording_bytes(unmeasured), unmeasured.place)
                 record["duration"] = len(wave) / SAMPLE_RATE
             given = parse_record(record, folder, where)
             if (first := where_is.setdefault(given.id, where)) != where:
@@ -66,10 +61,10 @@ def _build(args: argparse.Namespace, out: Path, draft: Path) -> None:
         name = f"{number:06d}.flac"
         write_clip(draft / "new" / name, wave)
         seconds = len(wave) / SAMPLE_RATE
-        utterances.append(replace(given, audio=audio / name, duration=seconds, source=args.name))
-    console = Console(stderr=True)
-    for reason in left_out:
-        console.print(reason, highlight=False, markup=False, soft_wrap=True)
+        utterances.append(
+            replace(given, audio=audio / name, bytes=None, duration=seconds, source=args.name)
+        )
+    name_left_out(left_out)
     if left_out and not utterances:
         raise BadAudio(f"{args.manifest}: none of its {len(left_out)} recordings is usable")
     audio.parent.mkdir(parents=True, exist_ok=True)

@@ -52,11 +52,11 @@ def load_corpora(data: Data) -> tuple[list[Clip], dict[str, int]]:
     corpora = {c.manifest: read_manifest(find_manifest(c.manifest)) for c in data.train}
     # All corpora at once: a chain of near-equal texts may run from one through another.
     kept, _ = without_leaks([u for corpus in corpora.values() for u in corpus], held_out)
-    clean = {u.audio for u in kept}
+    clean = {(u.audio, u.bytes) for u in kept}
     clips: list[Clip] = []
     dropped: dict[str, int] = {}
     for number, corpus in enumerate(data.train):
-        usable = [u for u in corpora[corpus.manifest] if u.audio in clean]
+        usable = [u for u in corpora[corpus.manifest] if (u.audio, u.bytes) in clean]
         dropped[corpus.manifest] = len(corpora[corpus.manifest]) - len(usable)
         usable = [u for u in usable if _lot(u) < corpus.share]
         if corpus.crop_words:  # the aligner refuses a clip in a hundred
