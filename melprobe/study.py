@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--size", required=True, help="mini, smol, full, or a file like theirs")
     p.add_argument("--seeds", type=int, help="training runs of each arm (the size's own number)")
     p.add_argument("--runs", type=Path, default=Path("runs/studies"), help="where runs lie")
+    p.add_argument("--jobs", type=int, default=1, help="runs at a time (1); two suit two cores")
     p.add_argument("--out", type=Path, help="folder of the table; by default under reports/")
     p.add_argument("--dry-run", action="store_true", help="what it would take, and no more")
     options = p.parse_args(words)
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     seeds = size.seeds if options.seeds is None else options.seeds
     if seeds < 1:
         raise UsageError(f"--seeds {seeds}: take 1 or more")
+    if options.jobs < 1:
+        raise UsageError(f"--jobs {options.jobs}: take 1 or more")
     study = STUDIES[options.name](size)
     runs = plan(study, size, seeds, options.runs)
     if options.dry_run:
@@ -57,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             now = f"{doing} {run.arm.name}, seed {run.seed}"
             progress.update(bar, description=now, completed=next(done))
 
-        carry_out(runs, size, tell)
+        carry_out(runs, size, tell, options.jobs)
     results = {
         **findings(study, runs),
         "size": options.size,

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import threading
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from melprobe.report.studies import sentence
 from melprobe.studies import running
 from melprobe.studies.budget import TOKENS_PER_SECOND, count
 from melprobe.studies.paper import STUDIES
-from melprobe.studies.running import plan
+from melprobe.studies.running import carry_out, plan
 from melprobe.studies.sizes import FOLDER, read_size
 from melprobe.training.speech import SpeechTask
 from tests.test_whisper_front import whisper_folder
@@ -84,7 +86,7 @@ def place(tmp_path_factory):
 def in_process(monkeypatch):
     """Runs without processes of their own, which take seconds to start."""
 
-    def call(module, *words, log, what):
+    def call(module, *words, log, what, jobs):
         importlib.import_module(module).main(list(words))
 
     monkeypatch.setattr(running, "_python", call)
@@ -168,13 +170,57 @@ def test_clips_of_some_lengths_are_scored_apart(tiny_size, place, in_process):
 
 
 def test_what_is_there_is_not_made_again(tiny_size, place, monkeypatch):
-    def call(module, *words, log, what):
+    def call(module, *words, log, what, jobs):
         raise AssertionError(f"{what}: {module}")
 
     monkeypatch.setattr(running, "_python", call)
     before = (place / "out-initialisation" / "results.json").read_text()
     run(tiny_size, place, "initialisation", "--seeds", "1")
     assert (place / "out-initialisation" / "results.json").read_text() == before
+
+
+def test_several_at_a_time_wait_for_what_they_need(tiny_size, tmp_path, monkeypatch):
+    """Two in turn of every study: each recipe once, and never before the one it starts from."""
+    began, ended, most, lock = [], [], [], threading.Lock()
+
+    def call(module, *words, log, what, jobs):
+        if module == "melprobe.train":
+            recipe = json.loads(Path(words[0]).read_text())
+            with lock:
+                assert recipe["out"] not in began and jobs == 2
+                began.append(recipe["out"])
+                most.append(len(began) - len(ended))
+                start = recipe["model"]["lora"]["init"] or (recipe["distil"] or {}).get("teacher")
+                assert start is None or start.removesuffix("/last") in ended
+            time.sleep(0.02)
+            (Path(recipe["out"]) / "last").mkdir()
+            with lock:
+                ended.append(recipe["out"])
+        else:
+            Path(words[words.index("--rows") + 1]).touch()
+
+    monkeypatch.setattr(running, "_python", call)
+    size = read_size(str(tiny_size))
+    for name in ("initialisation", "freezing", "alignment"):
+        runs = plan(STUDIES[name](size), size, 2, tmp_path)
+        carry_out(runs, size, lambda run, doing: None, jobs=2)
+        assert all(run.rows.exists() for run in runs)
+    assert max(most) == 2
+
+
+def test_one_that_fails_ends_a_study_of_several_at_a_time(tiny_size, tmp_path, monkeypatch):
+    began = []
+
+    def call(module, *words, log, what, jobs):
+        began.append(what)
+        raise UsageError(f"{what}: no")
+
+    monkeypatch.setattr(running, "_python", call)
+    size = read_size(str(tiny_size))
+    runs = plan(STUDIES["initialisation"](size), size, 2, tmp_path)
+    with pytest.raises(UsageError, match="pretrained-random, seed 0: no"):
+        carry_out(runs, size, lambda run, doing: None, jobs=2)
+    assert len(began) < len(runs)
 
 
 def test_a_run_that_fails_is_one_line(tiny_size, tmp_path):
@@ -262,6 +308,8 @@ def test_bad_sizes_are_one_line(tiny_size, tmp_path):
         study.main(["token-rate", "--size", "huge"])
     with pytest.raises(UsageError, match="--seeds 0"):
         study.main(["token-rate", "--size", str(tiny_size), "--seeds", "0"])
+    with pytest.raises(UsageError, match="--jobs 0"):
+        study.main(["token-rate", "--size", str(tiny_size), "--jobs", "0"])
     with pytest.raises(UsageError, match="invalid choice"):
         study.main(["nothing", "--size", "mini"])
 

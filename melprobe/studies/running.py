@@ -7,9 +7,11 @@ caches of one would weigh on the next.
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +28,8 @@ class Run(NamedTuple):
     arm: Arm
     seed: int
     recipe: SpeechRecipe
+    needs: Path | None = None
+    """Folder of the run that it starts from, or that teaches it."""
 
     @property
     def folder(self) -> Path:
@@ -48,12 +52,13 @@ def plan(study: Study, size: Size, seeds: int, runs: Path) -> list[Run]:
     planned: dict[tuple[str, int], Run] = {}
     for seed in range(seeds):
         for arm in study.arms:
-            changes = dict(arm.changes)
+            changes, start = dict(arm.changes), None
             if arm.start:
-                changes[arm.start_field] = str(planned[arm.start, seed].checkpoint)
+                start = planned[arm.start, seed]
+                changes[arm.start_field] = str(start.checkpoint)
             recipe = size.with_changes(changes, runs / arm.name, seed)
             recipe = recipe.model_copy(update={"out": runs / f"{_digest(recipe)}-seed{seed}"})
-            planned[arm.name, seed] = Run(arm, seed, recipe)
+            planned[arm.name, seed] = Run(arm, seed, recipe, start and start.folder)
     return list(planned.values())
 
 
@@ -62,17 +67,18 @@ def _digest(recipe: SpeechRecipe) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def train(run: Run) -> None:
+def train(run: Run, jobs: int = 1) -> None:
     """Train it, or go on; does nothing when it has ended. UsageError when it fails."""
     if run.checkpoint.is_dir():
         return
     run.folder.mkdir(parents=True, exist_ok=True)
     path = run.folder / "recipe.yaml"
     path.write_text(run.recipe.model_dump_json(indent=2) + "\n")  # JSON is YAML
-    _python("melprobe.train", str(path), log=run.folder / "train.log", what=_name(run))
+    log = run.folder / "train.log"
+    _python("melprobe.train", str(path), log=log, what=_name(run), jobs=jobs)
 
 
-def test(run: Run, size: Size) -> None:
+def test(run: Run, size: Size, jobs: int = 1) -> None:
     """Transcribe the size's test clips; does nothing when that was done."""
     if run.rows.exists():
         return
@@ -83,17 +89,22 @@ def test(run: Run, size: Size) -> None:
     if run.arm.without_lora:
         words += ["--without-lora", format_layers(run.arm.without_lora)]
     log = run.folder / "test.log"
-    _python("melprobe.studies.testing", *words, log=log, what=_name(run))
+    _python("melprobe.studies.testing", *words, log=log, what=_name(run), jobs=jobs)
 
 
 def _name(run: Run) -> str:
     return f"{run.arm.name}, seed {run.seed}"
 
 
-def _python(module: str, *words: str, log: Path, what: str) -> None:
+def _python(module: str, *words: str, log: Path, what: str, jobs: int) -> None:
+    """Run a module with its share of the cores; UsageError with its last words when it fails."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
     with log.open("ab") as file:
         ended = subprocess.run(
-            [sys.executable, "-m", module, *words], stdout=file, stderr=subprocess.STDOUT
+            [sys.executable, "-m", module, *words],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={"OMP_NUM_THREADS": str(threads), **os.environ},
         )
     if ended.returncode:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
@@ -107,10 +118,34 @@ def seconds_of(run: Run) -> float:
     return float(state["seconds"])
 
 
-def carry_out(runs: list[Run], size: Size, tell: Callable[[Run, str], None]) -> None:
-    """Train and test what is missing; `tell` hears of each before it is begun."""
+def carry_out(
+    runs: Sequence[Run], size: Size, tell: Callable[[Run, str], None], jobs: int = 1
+) -> None:
+    """Train and test what is missing, `jobs` at a time; `tell` hears of each before it is begun.
+
+    When one fails, those that are under way come to their end, and no other is begun.
+    """
+    sharing: dict[Path, list[Run]] = {}
     for run in runs:
-        tell(run, "training")
-        train(run)
-        tell(run, "testing")
-        test(run, size)
+        sharing.setdefault(run.folder, []).append(run)
+
+    def one(own: Sequence[Run], needed: Future[None] | None) -> None:
+        if needed:
+            needed.result()
+        for run in own:
+            tell(run, "training")
+            train(run, jobs)
+            tell(run, "testing")
+            test(run, size, jobs)
+
+    # What is needed was planned, and so is begun, before what needs it.
+    begun: dict[Path | None, Future[None]] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        for folder, own in sharing.items():
+            begun[folder] = pool.submit(one, own, begun.get(own[0].needs))
+        try:
+            for future in begun.values():
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
