@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ from melprobe.hooks.layers import format_layers
 from melprobe.studies.paper import Arm, Study
 from melprobe.studies.sizes import Size
 from melprobe.training.recipe import SpeechRecipe
+
+_under_way: set[subprocess.Popen[bytes]] = set()
 
 
 class Run(NamedTuple):
@@ -99,16 +101,21 @@ def _name(run: Run) -> str:
 def _python(module: str, *words: str, log: Path, what: str, jobs: int) -> None:
     """Run a module with its share of the cores; UsageError with its last words when it fails."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    with log.open("ab") as file:
-        ended = subprocess.run(
+    with (
+        log.open("ab") as file,
+        subprocess.Popen(
             [sys.executable, "-m", module, *words],
             stdout=file,
             stderr=subprocess.STDOUT,
             env={"OMP_NUM_THREADS": str(threads), **os.environ},
-        )
-    if ended.returncode:
+        ) as process,
+    ):
+        _under_way.add(process)
+        process.wait()
+        _under_way.remove(process)
+    if process.returncode:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        said = lines[-1] if lines else f"exit code {ended.returncode}"
+        said = lines[-1] if lines else f"exit code {process.returncode}"
         raise UsageError(f"{what}: {said} (all of it: {log})")
 
 
@@ -123,29 +130,33 @@ def carry_out(
 ) -> None:
     """Train and test what is missing, `jobs` at a time; `tell` hears of each before it is begun.
 
-    When one fails, those that are under way come to their end, and no other is begun.
+    When one fails, those that are under way come to their end, and no other is begun; when it is
+    interrupted, they are stopped.
     """
-    sharing: dict[Path, list[Run]] = {}
+    waiting: dict[Path, list[Run]] = {}  # those that share a recipe, one after the other
     for run in runs:
-        sharing.setdefault(run.folder, []).append(run)
+        waiting.setdefault(run.folder, []).append(run)
 
-    def one(own: Sequence[Run], needed: Future[None] | None) -> None:
-        if needed:
-            needed.result()
-        for run in own:
+    def one(sharing: Sequence[Run]) -> None:
+        for run in sharing:
             tell(run, "training")
             train(run, jobs)
             tell(run, "testing")
             test(run, size, jobs)
 
-    # What is needed was planned, and so is begun, before what needs it.
-    begun: dict[Path | None, Future[None]] = {}
+    begun: dict[Future[None], Path] = {}
     with ThreadPoolExecutor(jobs) as pool:
-        for folder, own in sharing.items():
-            begun[folder] = pool.submit(one, own, begun.get(own[0].needs))
         try:
-            for future in begun.values():
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            while waiting or begun:
+                missing = {*waiting, *begun.values()}
+                ready = [folder for folder, own in waiting.items() if own[0].needs not in missing]
+                for folder in ready[: jobs - len(begun)]:
+                    begun[pool.submit(one, waiting.pop(folder))] = folder
+                ended, _ = wait(begun, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    del begun[future]
+                    future.result()
+        except KeyboardInterrupt:
+            for process in _under_way.copy():
+                process.terminate()
             raise
