@@ -11,20 +11,13 @@ Found = dict[str, Any]
 
 def markdown(results: Found) -> str:
     """The whole report of a study."""
-    table = f" (the paper's Table {results['table']})" if results["table"] else ""
     lines = [f"# {results['title']}", ""]
     lines += [f"**{sentence(results)}**", ""]
     lines += [_head(results), "|---|" + "---:|" * (4 + bool(results["table"]))]
     lines += [_row(arm, bool(results["table"])) for arm in results["arms"]]
-    seeds, clips = results["seeds"], results["test"]["clips"]
     lines += [
         "",
-        f"Word error rates{table} of {results['test']['name']}, {clips} clips of "
-        f"{results['test']['speakers']} speakers, mean of {seeds} training runs with their 95 % "
-        "interval over runs and speakers; how many of the runs hear (what the right clip is worth: "
-        f"above {GATE_NAT} nat per token, and WER on another clip above {100 * GATE_WER:.0f} %). "
-        "Each arm had the same clips in the same order and as "
-        f"many steps. {results['note']}".rstrip(),
+        f"{_how(results)} {results['note']}".rstrip(),
         "",
         "| pair | difference in points | order |",
         "|---|---:|---|",
@@ -36,6 +29,22 @@ def markdown(results: Found) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _how(results: Found) -> str:
+    """What the table's columns are."""
+    test, seeds = results["test"], results["seeds"]
+    table = f" (the paper's Table {results['table']})" if results["table"] else ""
+    runs = "of one training run each, which has no interval"
+    if seeds > 1:
+        runs = f"mean of {seeds} training runs with their 95 % interval over runs and speakers"
+    return (
+        f"Word error rates{table} of {test['name']}, {test['clips']} clips of {test['speakers']} "
+        f"speaker{'s' * (test['speakers'] != 1)}: {runs}; that of each run; and how many runs hear "
+        f"(the right clip is worth more than {GATE_NAT} nat per token, and WER on another is above "
+        f"{100 * GATE_WER:.0f} %). Of two arms that don't hear no order is said. All had as many "
+        "steps."
+    )
+
+
 def sentence(results: Found) -> str:
     """Whether our order is the paper's: only what intervals separate is said."""
     pairs = results["pairs"]
@@ -43,23 +52,24 @@ def sentence(results: Found) -> str:
     against = [pair for pair in pairs if pair["verdict"] == "disagrees"]
     for_it = [pair for pair in pairs if pair["verdict"] == "agrees"]
     if len(for_it) == len(pairs):
-        return f"Agrees with {whose}, in all {len(pairs)} pairs."
+        which = f", in all {len(pairs)} pairs" if len(pairs) > 1 else ""
+        return f"Agrees with {whose}{which}."
     if against:
         named = listing([_names(pair, results) for pair in against])
         verb = "is" if len(against) == 1 else "are"
         return f"Disagrees with {whose}: {named} {verb} the other way round."
     if not for_it:
-        return f"Not resolved: no pair's interval excludes zero, of {len(pairs)}."
+        return f"Not resolved: no pair is told apart, of {len(pairs)}."
     named = listing([_names(pair, results) for pair in for_it])
     return (
         f"Not resolved as a whole: {len(for_it)} of {len(pairs)} pairs agree with {whose} "
-        f"({named}), the others' intervals hold zero."
+        f"({named}), the others are not told apart."
     )
 
 
 def _head(results: Found) -> str:
     paper = " the paper's WER % |" if results["table"] else ""
-    return f"| arm | WER % |{paper} runs | hear | training |"
+    return f"| arm | WER % |{paper} of each run | hear | training |"
 
 
 def _row(arm: Found, paper: bool) -> str:
