@@ -15,10 +15,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
+from melprobe.analysis.study import swap_partners
 from melprobe.errors import Parser, UsageError, check_writable, run
 from melprobe.report.studies import markdown
 from melprobe.store import provenance
-from melprobe.studies.budget import budget
+from melprobe.studies.budget import budget, check_layers
 from melprobe.studies.paper import STUDIES
 from melprobe.studies.running import Run, carry_out, plan
 from melprobe.studies.sizes import read_size
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UsageError(f"--seeds {seeds}: take 1 or more")
     if options.jobs < 1:
         raise UsageError(f"--jobs {options.jobs}: take 1 or more")
+    check_layers(size)
     study = STUDIES[options.name](size)
     runs = plan(study, size, seeds, options.runs)
     if options.dry_run:
@@ -52,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_writable(out, f"--out {out}")
     check_writable(options.runs, f"--runs {options.runs}")
     drawn = size.test.drawn()
+    swap_partners(drawn)  # refused before the training rather than after
+    if study.lengths and not any(a <= u.duration < b for u in drawn for a, b in study.lengths):
+        raise UsageError(f"{options.size}: lengths: no clip of {size.test.manifest} is so long")
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task(study.name, total=2 * len(runs))
         done = count()

@@ -333,6 +333,76 @@ def test_bad_sizes_are_one_line(tiny_size, tmp_path):
         study.main(["nothing", "--size", "mini"])
 
 
+@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize(
+    ("part", "value", "said"),
+    [
+        ("train", None, "data.train"),
+        ("train", ["x"], "data.train.0"),
+        ("stages", [], "data.stages"),
+        ("stages", ["x"], "data.stages.0"),
+        ("stages", [{}], "data.stages.0.steps: Field required"),
+    ],
+)
+def test_a_recipe_that_is_none_is_one_line_in_every_study(
+    tiny_size, tmp_path, name, part, value, said
+):
+    size = yaml.safe_load(tiny_size.read_text())
+    size["recipe"]["data"][part] = value
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump(size))
+    with pytest.raises(UsageError, match=rf"bad.yaml: recipe: .*{said}"):
+        study.main([name, "--size", str(path), "--dry-run"])
+
+
+def test_numbers_in_quotes_are_numbers_in_every_study(tiny_size, capsys, tmp_path):
+    size = yaml.safe_load(tiny_size.read_text())
+    size["recipe"]["data"]["stages"] = [{"steps": "2"}]
+    size["recipe"]["data"]["train"][0]["share"] = "0.5"
+    path = tmp_path / "quoted.yaml"
+    path.write_text(yaml.safe_dump(size))
+    for name in ("data-scale", "alignment"):
+        study.main([name, "--size", str(path), "--dry-run"])
+
+
+@pytest.mark.parametrize("lengths", [[2, 1], [-1, 0], [0, float("inf")], [0, float("nan")]])
+def test_lengths_are_rising_seconds(tiny_size, tmp_path, lengths):
+    size = yaml.safe_load(tiny_size.read_text()) | {"lengths": [lengths]}
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump(size))
+    with pytest.raises(UsageError, match=r"lengths\.0: name the shorter one first"):
+        read_size(str(path))
+
+
+@pytest.mark.parametrize("n_layers", [3, 99])
+def test_blocks_are_as_many_as_the_bases(tiny_size, tmp_path, n_layers):
+    size = yaml.safe_load(tiny_size.read_text()) | {"n_layers": n_layers}
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump(size))
+    with pytest.raises(UsageError, match=rf"n_layers: {n_layers}, but .*base has 4 blocks"):
+        study.main(["freezing", "--size", str(path), "--dry-run"])
+
+
+def test_clips_that_cannot_be_tested_are_refused_before_training(tiny_size, tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "_python", None)  # nothing is trained
+    size = yaml.safe_load(tiny_size.read_text())
+    path = tmp_path / "bad.yaml"
+
+    def refused(match, **changes):
+        path.write_text(yaml.safe_dump(size | changes))
+        words = ["--size", str(path), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
+        with pytest.raises(UsageError, match=match):
+            study.main(["masking", *words])
+
+    refused("swapping needs two clips", test=size["test"] | {"clips": 1})
+    refused("lengths: no clip of .* is so long", lengths=[[60, 70]])
+
+
+def test_a_size_beside_one_is_a_path(tiny_size, monkeypatch):
+    monkeypatch.chdir(tiny_size.parent)
+    assert read_size("tiny.yaml") == read_size(str(tiny_size))
+
+
 def simulated(rng, mean, between_runs, speakers, clips, runs, of_speakers):
     """Errors [runs, N] of ten-word clips whose rate varies with the run and with the speaker."""
     rate = mean + between_runs * rng.standard_normal((runs, 1)) + of_speakers

@@ -6,6 +6,7 @@ no recomputation.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from rich.table import Table
 from transformers import AutoConfig
 
 from melprobe.audio.mel import FRAMES_PER_SECOND
+from melprobe.errors import UsageError
 from melprobe.model import phi4
 from melprobe.model.adapter import add_lora
 from melprobe.model.base import resolve_base
@@ -96,6 +98,13 @@ def count(recipe: SpeechRecipe, devices: int) -> Budget:
     return Budget(parameters, learning, counts["positions"], memory, flop)
 
 
+def check_layers(size: Size) -> None:
+    """UsageError unless its base has as many blocks as it says: arms name blocks by number."""
+    model = size.with_changes(size.bare, Path("bare"), 0).model
+    if (n := _text_config(model).num_hidden_layers) != size.n_layers:
+        raise UsageError(f"n_layers: {size.n_layers}, but {model.base} has {n} blocks")
+
+
 def _empty_model(recipe: SpeechRecipe) -> MelLLMForConditionalGeneration:
     """The recipe's model without weights; what learns requires a gradient."""
     settings = recipe.model
@@ -126,6 +135,10 @@ def _configs(settings: Model) -> tuple[Any, Any]:
         else:
             folder = resolve_encoder(settings.encoder.name)
             encoder = encoder_config(folder, settings.front, settings.encoder.conformer)
+    return _text_config(settings), encoder
+
+
+def _text_config(settings: Model) -> Any:
     if settings.base == phi4.HUB_ID:
-        return phi4.published_text_config(), encoder
-    return AutoConfig.from_pretrained(resolve_base(settings.base)), encoder
+        return phi4.published_text_config()
+    return AutoConfig.from_pretrained(resolve_base(settings.base))

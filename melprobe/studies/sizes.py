@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from melprobe.analysis.protocol import choose
 from melprobe.corpus.manifest import Utterance, find_manifest, read_manifest
@@ -37,6 +37,15 @@ class Test(BaseModel):
         return choose(fitting, self.clips, seed=0)
 
 
+def _is_rising(length: tuple[float, float]) -> tuple[float, float]:
+    if not 0 <= length[0] < length[1] < math.inf:
+        raise ValueError("name the shorter one first, such as [0, 1.5]")
+    return length
+
+
+Length = Annotated[tuple[float, float], AfterValidator(_is_rising)]
+
+
 class Size(BaseModel):
     """`recipes/studies/SIZE.yaml`."""
 
@@ -44,7 +53,7 @@ class Size(BaseModel):
 
     recipe: dict[str, Any]
     """Of `melprobe.train`, without `out` and `seed`."""
-    n_layers: int
+    n_layers: Annotated[int, Field(ge=2)]
     """Of its base."""
     seeds: Annotated[int, Field(ge=1)]
     test: Test
@@ -65,7 +74,7 @@ class Size(BaseModel):
     """`data.train` with ten times as much, the rest synthetic."""
     long: dict[str, Any]
     """What the masking study changes so that clips take many positions, by dotted field."""
-    lengths: tuple[tuple[float, float], ...]
+    lengths: tuple[Length, ...]
     """Seconds, of clips that it scores apart."""
     hardware: str
     """What it is meant for, in words."""
@@ -80,7 +89,7 @@ class Size(BaseModel):
     def shared(self, share: float) -> list[dict[str, Any]]:
         """`data.train` with so much of what is called 1, of every corpus."""
         train, share = self.recipe["data"]["train"], share * self.limited
-        return [{**corpus, "share": corpus.get("share", 1.0) * share} for corpus in train]
+        return [{**corpus, "share": float(corpus.get("share", 1.0)) * share} for corpus in train]
 
     def with_changes(self, changes: dict[str, Any], out: Path, seed: int) -> SpeechRecipe:
         """Its recipe, changed; UsageError where that is none."""
@@ -95,13 +104,16 @@ class Size(BaseModel):
 
 def read_size(name: str) -> Size:
     """By the name of its file in recipes/studies, or a path; UsageError for what is wrong in it."""
-    path = FOLDER / f"{name}.yaml" if "/" not in name else Path(name)
+    is_path = "/" in name or name.endswith((".yaml", ".yml"))
+    path = Path(name) if is_path else FOLDER / f"{name}.yaml"
     known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
     try:
-        return Size.model_validate(yaml.safe_load(path.read_text()))
+        size = Size.model_validate(yaml.safe_load(path.read_text()))
     except FileNotFoundError:
         raise UsageError(f"--size {name}: there are {known}, or a file of your own") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"{path}: not a readable size ({' '.join(str(error).split())})") from None
     except ValidationError as error:
         raise UsageError(f"{path}: {describe(error)}") from None
+    size.with_changes({}, Path(f"{path}: recipe"), 0)  # arms are made of its parts
+    return size
