@@ -403,6 +403,43 @@ def test_a_size_beside_one_is_a_path(tiny_size, monkeypatch):
     assert read_size("tiny.yaml") == read_size(str(tiny_size))
 
 
+def test_rows_that_are_broken_or_of_other_clips_are_made_again(tiny_size, tmp_path, monkeypatch):
+    size = read_size(str(tiny_size))
+    (run, *_) = plan(STUDIES["pair"](size), size, 1, tmp_path)
+    run.folder.mkdir()
+    made = []
+
+    def call(module, *words, log, what, jobs):
+        made.append(module)
+
+    monkeypatch.setattr(running, "_python", call)
+    whole = [
+        {"audio_filepath": u.id, "text": u.text, "speaker": u.speaker} for u in size.test.drawn()
+    ]
+    lines = [json.dumps(row) + "\n" for row in whole]
+    for text in ("", lines[0], "".join(lines)[:-9], "".join(lines[::-1]), "[]\n" * 2):
+        run.rows.write_text(text)
+        running.test(run, size)
+        assert made == ["melprobe.studies.testing"]
+        made.clear()
+    run.rows.write_text("".join(lines))
+    running.test(run, size)
+    assert not made
+    running.test(run, size.model_copy(update={"test": size.test.model_copy(update={"clips": 1})}))
+    assert made
+
+
+def test_a_killed_run_says_so_and_not_what_an_earlier_one_said(tiny_size, tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    log.write_text("an earlier complaint\n")
+    for script, said in (("kill -9 $$", "ended from outside, Killed"), ("exit 3", "exit code 3")):
+        program = tmp_path / "program"
+        program.write_text(script)
+        monkeypatch.setattr(running, "_command", lambda *w, program=program: ["sh", str(program)])
+        with pytest.raises(UsageError, match=f"it: {said} "):
+            running._python("module", log=log, what="it", jobs=1)
+
+
 def simulated(rng, mean, between_runs, speakers, clips, runs, of_speakers):
     """Errors [runs, N] of ten-word clips whose rate varies with the run and with the speaker."""
     rate = mean + between_runs * rng.standard_normal((runs, 1)) + of_speakers

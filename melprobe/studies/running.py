@@ -8,6 +8,7 @@ caches of one would weigh on the next.
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -81,8 +82,8 @@ def train(run: Run, jobs: int = 1) -> None:
 
 
 def test(run: Run, size: Size, jobs: int = 1) -> None:
-    """Transcribe the size's test clips; does nothing when that was done."""
-    if run.rows.exists():
+    """Transcribe the size's test clips; does nothing when that was done, of the same clips."""
+    if rows_of(run, size):
         return
     words = ["--manifest", size.test.manifest, "--clips", str(size.test.clips)]
     words += ["--checkpoint", str(run.checkpoint), "--rows", str(run.rows)]
@@ -94,17 +95,32 @@ def test(run: Run, size: Size, jobs: int = 1) -> None:
     _python("melprobe.studies.testing", *words, log=log, what=_name(run), jobs=jobs)
 
 
+def rows_of(run: Run, size: Size) -> list[dict[str, Any]]:
+    """What it transcribed; none where a row is broken or the clips are not the size's."""
+    try:
+        rows = [json.loads(line) for line in run.rows.read_text().splitlines()]
+        of = [(row["audio_filepath"], row["text"], row["speaker"]) for row in rows]
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return []
+    return rows if of == [(str(u.id), u.text, u.speaker) for u in size.test.drawn()] else []
+
+
 def _name(run: Run) -> str:
     return f"{run.arm.name}, seed {run.seed}"
+
+
+def _command(module: str, *words: str) -> list[str]:
+    return [sys.executable, "-m", module, *words]
 
 
 def _python(module: str, *words: str, log: Path, what: str, jobs: int) -> None:
     """Run a module with its share of the cores; UsageError with its last words when it fails."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
+    before = log.stat().st_size if log.exists() else 0
     with (
         log.open("ab") as file,
         subprocess.Popen(
-            [sys.executable, "-m", module, *words],
+            _command(module, *words),
             stdout=file,
             stderr=subprocess.STDOUT,
             env={"OMP_NUM_THREADS": str(threads), **os.environ},
@@ -114,8 +130,11 @@ def _python(module: str, *words: str, log: Path, what: str, jobs: int) -> None:
         process.wait()
         _under_way.remove(process)
     if process.returncode:
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        told = log.read_bytes()[before:].decode(errors="replace")
+        lines = [line for line in told.splitlines() if line.strip()]
         said = lines[-1] if lines else f"exit code {process.returncode}"
+        if process.returncode < 0:  # its last words are of something else
+            said = f"ended from outside, {signal.strsignal(-process.returncode)}"
         raise UsageError(f"{what}: {said} (all of it: {log})")
 
 
