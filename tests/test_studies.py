@@ -23,7 +23,7 @@ from melprobe.audio.load import load_utterance
 from melprobe.errors import UsageError
 from melprobe.listener import load
 from melprobe.model.ancestry import read_ancestors
-from melprobe.report.studies import sentence
+from melprobe.report.studies import markdown, sentence
 from melprobe.studies import running
 from melprobe.studies.budget import TOKENS_PER_SECOND, count
 from melprobe.studies.paper import STUDIES
@@ -438,6 +438,24 @@ def test_a_killed_run_says_so_and_not_what_an_earlier_one_said(tiny_size, tmp_pa
         monkeypatch.setattr(running, "_command", lambda *w, program=program: ["sh", str(program)])
         with pytest.raises(UsageError, match=f"it: {said} "):
             running._python("module", log=log, what="it", jobs=1)
+
+
+def test_a_report_says_what_is_so(tiny_size, place, in_process):
+    """One speaker, two runs, lengths apart; and one run, which has no intervals."""
+    out, _ = run(tiny_size, place, "masking", "--seeds", "2")
+    text = (out / "report.md").read_text()
+    assert "over runs and utterances; and how many runs hear, on clips of all lengths" in text
+    assert "that of each run" not in text
+    out, _ = run(tiny_size, place, "pair", "--seeds", "2")
+    text = (out / "report.md").read_text()
+    assert "over runs and utterances; that of each run; and how many" in text
+    assert "hold together at 95 %" in text
+    out, results = run(tiny_size, place, "initialisation", "--seeds", "1")
+    text = (out / "report.md").read_text()
+    assert "hold together" not in text and "which has no interval; that of each run; and" in text
+    assert "All had as many steps, besides those of an adapter that was taken over." in text
+    results["arms"][0]["steps"] = 1000
+    assert "They had 2 to 1,000 steps, besides" in markdown(results)
 
 
 def simulated(rng, mean, between_runs, speakers, clips, runs, of_speakers):

@@ -23,8 +23,10 @@ def markdown(results: Found) -> str:
         "|---|---:|---|",
     ]
     lines += [_pair(pair, results) for pair in results["pairs"]]
-    level = 100 * (1 - (1 - results["confidence_of_pairs"]) * max(1, len(results["pairs"])))
-    lines += ["", f"The intervals of all pairs hold together at {level:.0f} %.", ""]
+    if any(pair["difference_ci"] for pair in results["pairs"]):
+        level = 100 * (1 - (1 - results["confidence_of_pairs"]) * max(1, len(results["pairs"])))
+        lines += ["", f"The intervals of all pairs hold together at {level:.0f} %."]
+    lines += [""]
     lines += [f"Made by `{results['command']}` on {results['hardware']['cpu']}."]
     return "\n".join(lines) + "\n"
 
@@ -35,14 +37,27 @@ def _how(results: Found) -> str:
     table = f" (the paper's Table {results['table']})" if results["table"] else ""
     runs = "of one training run each, which has no interval"
     if seeds > 1:
-        runs = f"mean of {seeds} training runs with their 95 % interval over runs and speakers"
+        unit = results["unit"]
+        runs = f"mean of {seeds} training runs with their 95 % interval over runs and {unit}s"
+    apart = any(arm["seconds"] for arm in results["arms"])
+    hear = "and how many runs hear, on clips of all lengths"
+    if not apart:
+        hear = "that of each run; and how many runs hear"
     return (
         f"Word error rates{table} of {test['name']}, {test['clips']} clips of {test['speakers']} "
-        f"speaker{'s' * (test['speakers'] != 1)}: {runs}; that of each run; and how many runs hear "
+        f"speaker{'s' * (test['speakers'] != 1)}: {runs}; {hear} "
         f"(the right clip is worth more than {GATE_NAT} nat per token, and WER on another is above "
-        f"{100 * GATE_WER:.0f} %). Of two arms that don't hear no order is said. All had as many "
-        "steps."
+        f"{100 * GATE_WER:.0f} %). Of two arms that don't hear no order is said. {_steps(results)}"
     )
+
+
+def _steps(results: Found) -> str:
+    found = {arm["steps"] for arm in results["arms"]}
+    told = f"They had {min(found):,} to {max(found):,} steps"
+    if len(found) == 1:
+        told = "All had as many steps"
+    before = any(arm["took_over"] for arm in results["arms"])
+    return f"{told}{', besides those of an adapter that was taken over' * before}."
 
 
 def sentence(results: Found) -> str:

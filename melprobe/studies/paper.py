@@ -214,7 +214,9 @@ def masking(size: Size) -> Study:
 def alignment(size: Size) -> Study:
     """Not in the paper: what helps a decoder to find out which patch each word came from."""
     middle = size.n_layers // 2
-    stages: list[dict[str, Any]] = size.recipe["data"]["stages"]
+    stages: list[dict[str, Any]] = [
+        {**stage, "steps": int(stage["steps"])} for stage in size.recipe["data"]["stages"]
+    ]
     steps = sum(stage["steps"] for stage in stages)
     first = {**stages[0], "steps": max(1, stages[0]["steps"] // 10)}
     rest = {**stages[0], "steps": stages[0]["steps"] - first["steps"]}
@@ -247,7 +249,7 @@ def alignment(size: Size) -> Study:
         "",
         arms,
         (("alone", "at-once"), *((arm, "alone") for arm in helped)),
-        note="All had as many steps; the last spends some of them on the lower blocks alone.",
+        note="The last arm spends some of its steps on the lower blocks alone.",
         whose="the order expected",
     )
 

@@ -36,6 +36,7 @@ class Scores:
         self.seconds = np.array([row["duration"] for row in first])
         self.speakers = [row["speaker"] for row in first]
         counted: dict[str, list[list[int]]] = {}
+        self.unit = Bootstrap(self.speakers).unit
         self.gates: dict[str, list[dict[str, Any]]] = {}
         bootstrap = Bootstrap(self.speakers)
         for (arm, _), found in rows.items():
@@ -91,6 +92,7 @@ def findings(study: Study, runs: Sequence[Run]) -> dict[str, Any]:
         "note": study.note,
         "whose": study.whose,
         "seeds": len({run.seed for run in runs}),
+        "unit": scores.unit,
         "arms": [_arm(arm, span, scores, runs) for span in spans for arm in study.arms],
         "pairs": [_pair(a, b, span, scores, confidence) for span in spans for a, b in study.order],
         "confidence_of_pairs": confidence,
@@ -116,6 +118,8 @@ def _arm(
         "paper_wer": arm.paper and arm.paper / 100,
         "training_seconds": float(np.mean(trained)) if trained else None,
         "clips": scores.count(span),
+        "steps": sum(stage.steps for stage in own[0].recipe.data.stages),
+        "took_over": bool(own[0].recipe.model.lora and own[0].recipe.model.lora.init),
         "runs": [str(run.folder) for run in own],
     }
 
