@@ -4,9 +4,28 @@ A folder is written beside the old one and then put in its place, so that a run 
 any moment finds a whole one when it starts again.
 """
 
+import fcntl
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from melprobe.errors import UsageError
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes from holding the folder; UsageError while one does.
+
+    It is free again when the process ends in whatever way. Its children don't hold it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"{folder}: another process is at work there; wait for it") from None
+        yield
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:

@@ -8,12 +8,14 @@ of the recipe, dotted: `--optim.lr 3e-4 --data.train.0.repeat 2`; values are YAM
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from pydantic import ValidationError
 from transformers.utils.logging import disable_progress_bar
 
 from melprobe.errors import UsageError, run
+from melprobe.folders import held
 from melprobe.training.loop import fit
 from melprobe.training.recipe import Recipe, SpeechRecipe
 from melprobe.training.recipe_file import read_recipe, write_recipe
@@ -34,9 +36,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     disable_progress_bar()  # theirs, of loading and saving: ours shows the steps
     task = _task(recipe)  # a recipe that can't begin leaves no folder behind
     first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
-    if first:
-        write_recipe(recipe)
-    log = fit(task, recipe)
+    with held(recipe.out) if first else nullcontext():
+        if first:
+            write_recipe(recipe)
+        log = fit(task, recipe)
     if not first:
         return
     best = recipe.out / "best"  # a run that learns no text has none

@@ -22,6 +22,7 @@ from melprobe import train
 from melprobe.audio.mel import log_mel
 from melprobe.corpus.manifest import Span, Utterance, write_manifest
 from melprobe.errors import UsageError
+from melprobe.folders import held
 from melprobe.model import checkpoint
 from melprobe.training.clips import load_corpora
 from melprobe.training.data import BatchOrder
@@ -135,6 +136,22 @@ def test_one_process_trains_in_either_precision(uninterrupted, in_float32):
     coarse, fine = losses(uninterrupted), losses(in_float32)
     assert coarse[:4] == pytest.approx(fine[:4], rel=0.02)  # before the updates drift apart
     assert coarse != fine
+
+
+def test_a_runs_folder_is_one_process_own(workshop):
+    """Such as one whose study was killed, and which trains on."""
+    out = workshop / "held"
+    code = "import sys, time; from pathlib import Path; from melprobe.folders import held\n"
+    code += "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", code, str(out)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UsageError, match="held: another process is at work there"):
+            train.main([str(workshop / "recipe.yaml"), "--out", str(out)])
+        other.kill()
+    assert not (out / "recipe.json").exists()
+    with held(out):
+        pass
 
 
 def test_a_killed_run_resumes_and_ends_the_same(workshop, in_float32):
