@@ -37,39 +37,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     build = actions.add_parser("build", help="make a corpus")
     build.add_argument("corpus", choices=list(CORPORA))
     build.add_argument("options", nargs=argparse.REMAINDER, help="see build CORPUS --help")
-    aligning = actions.add_parser(
-        "align",
-        help="give recordings word and phone times",
-        description=align.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    align.add_arguments(aligning)
-    packing = actions.add_parser(
-        "pack",
-        help="many small files into few large tars",
-        description=pack.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    pack.add_arguments(packing)
+    others = {
+        "align": (align, "give recordings word and phone times"),
+        "pack": (pack, "many small files into few large tars"),
+    }
+    for action, (module, told) in others.items():
+        other = actions.add_parser(
+            action,
+            help=told,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(other)
+        other.set_defaults(run=module.run)
     args = parser.parse_args(argv)
-    if args.action == "align":
-        align.run(args)
+    if args.action in others:
+        args.run(args)
         return
-    if args.action == "pack":
-        pack.run(args)
-        return
-    module = import_module(CORPORA[args.corpus])
+    corpus = import_module(CORPORA[args.corpus])
     own = Parser(
         prog=f"python -m melprobe.corpus build {args.corpus}",
-        description=module.__doc__,
+        description=corpus.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    module.add_arguments(own)
+    corpus.add_arguments(own)
     options = own.parse_args(args.options)
     name = getattr(options, "name", None)
     if name is not None:
         check_name("--name", name, {"builtin", *BUILDABLE} - {args.corpus})
-    module.build(options, cache_dir("corpora").absolute() / (name or args.corpus))
+    corpus.build(options, cache_dir("corpora").absolute() / (name or args.corpus))
 
 
 if __name__ == "__main__":
