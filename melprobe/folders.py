@@ -41,8 +41,20 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def replace_files(folder: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` fill a new folder, then put its files into `folder`, where others stay."""
+    draft = draft_of(folder)
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    write(draft)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in draft.iterdir():
+        file.replace(folder / file.name)
+    draft.rmdir()
+
+
 def draft_of(folder: Path) -> Path:
-    """Where `replace_folder` has a folder written, for others who write into it as well."""
+    """Where a folder that is being replaced is written, for others who write into it as well."""
     return _beside(folder, "draft")
 
 

@@ -17,12 +17,13 @@ from rich.progress import Progress
 
 from melprobe.analysis.study import swap_partners
 from melprobe.errors import Parser, UsageError, check_writable, run
+from melprobe.folders import replace_files
 from melprobe.report.studies import markdown
 from melprobe.store import provenance
 from melprobe.studies.budget import budget, check_layers
 from melprobe.studies.paper import STUDIES
 from melprobe.studies.running import Run, carry_out, plan
-from melprobe.studies.sizes import read_size
+from melprobe.studies.sizes import read_size, within
 from melprobe.studies.table import all_rows, findings
 
 
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_writable(options.runs, f"--runs {options.runs}")
     drawn = size.test.drawn()
     swap_partners(drawn)  # refused before the training rather than after
-    if study.lengths and not any(a <= u.duration < b for u in drawn for a, b in study.lengths):
+    if study.lengths and not any(within(u.duration, span) for u in drawn for span in study.lengths):
         raise UsageError(f"{options.size}: lengths: no clip of {size.test.manifest} is so long")
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task(study.name, total=2 * len(runs))
@@ -76,10 +77,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         },
         **provenance(seed=0, command=["python -m melprobe.study", *words]),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    (out / "report.md").write_text(markdown(results))
-    all_rows(runs).to_parquet(out / "rows.parquet", index=False)
+
+    def write(folder: Path) -> None:
+        (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        (folder / "report.md").write_text(markdown(results))
+        all_rows(runs).to_parquet(folder / "rows.parquet", index=False)
+
+    replace_files(out, write)
     print(f"report: {out / 'report.md'}")
 
 

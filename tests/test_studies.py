@@ -28,7 +28,7 @@ from melprobe.studies import running
 from melprobe.studies.budget import TOKENS_PER_SECOND, count
 from melprobe.studies.paper import STUDIES
 from melprobe.studies.running import carry_out, plan
-from melprobe.studies.sizes import FOLDER, read_size
+from melprobe.studies.sizes import FOLDER, read_size, within
 from melprobe.studies.table import findings
 from melprobe.training.speech import SpeechTask
 from tests.test_whisper_front import whisper_folder
@@ -232,14 +232,19 @@ def test_an_interrupt_ends_all_that_is_under_way(tiny_size, tmp_path):
     command = [sys.executable, "-m", "melprobe.study", "initialisation", "--jobs", "2"]
     command += ["--size", str(tiny_size), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
     study_of = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while len(children := psutil.Process(study_of.pid).children()) < 2:
-        assert study_of.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    study_of.send_signal(signal.SIGINT)
-    _, told = study_of.communicate(timeout=20)
-    assert study_of.returncode == 130 and "the same command goes on from here" in told
-    assert not any(child.is_running() for child in children)
+    children: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 60
+        while len(children := psutil.Process(study_of.pid).children()) < 2:
+            assert study_of.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        study_of.send_signal(signal.SIGINT)
+        _, told = study_of.communicate(timeout=20)
+        assert study_of.returncode == 130 and "the same command goes on from here" in told
+        assert not any(child.is_running() for child in children)
+    finally:
+        for process in (study_of, *filter(psutil.Process.is_running, children)):
+            process.kill()
 
 
 def test_a_run_that_fails_is_one_line(tiny_size, tmp_path):
@@ -427,6 +432,35 @@ def test_rows_that_are_broken_or_of_other_clips_are_made_again(tiny_size, tmp_pa
     assert not made
     running.test(run, size.model_copy(update={"test": size.test.model_copy(update={"clips": 1})}))
     assert made
+
+
+def test_runs_may_be_moved(tiny_size, tmp_path):
+    """Those that start from another too: where it lies is not in their names."""
+    size = read_size(str(tiny_size))
+    for name in STUDIES:
+        here, there = (
+            [run.folder.name for run in plan(STUDIES[name](size), size, 2, place)]
+            for place in (tmp_path / "here", tmp_path / "there")
+        )
+        assert here == there
+
+
+def test_a_run_whose_log_is_damaged_is_one_line(tiny_size, tmp_path):
+    size = read_size(str(tiny_size))
+    (run, *_) = plan(STUDIES["pair"](size), size, 1, tmp_path)
+    run.checkpoint.mkdir(parents=True)
+    for text in ("", "{", "[]\n", '{"step": 1}\n'):
+        (run.checkpoint / "log.jsonl").write_text(text)
+        with pytest.raises(UsageError, match=r"log\.jsonl: missing or damaged; delete .*-seed0, "):
+            running.seconds_of(run)
+    (run.checkpoint / "log.jsonl").write_text('{"seconds": 1}\n{"seconds": 2.5}\n')
+    assert running.seconds_of(run) == 2.5
+
+
+def test_every_clip_up_to_the_longest_is_of_one_length():
+    lengths = [(0.0, 1.5), (1.5, 3.0)]
+    for seconds, number in ((0.1, 0), (1.5, 0), (1.51, 1), (3.0, 1)):
+        assert [within(seconds, length) for length in lengths] == [number == 0, number == 1]
 
 
 def test_a_killed_run_says_so_and_not_what_an_earlier_one_said(tiny_size, tmp_path, monkeypatch):

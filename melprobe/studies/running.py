@@ -56,11 +56,13 @@ def plan(study: Study, size: Size, seeds: int, runs: Path) -> list[Run]:
     for seed in range(seeds):
         for arm in study.arms:
             changes, start = dict(arm.changes), None
-            if arm.start:
+            if arm.start:  # named apart from where the runs lie, which may be moved
                 start = planned[arm.start, seed]
+                changes[arm.start_field] = start.folder.name
+            digest = _digest(size.with_changes(changes, runs / arm.name, seed))
+            if start:
                 changes[arm.start_field] = str(start.checkpoint)
-            recipe = size.with_changes(changes, runs / arm.name, seed)
-            recipe = recipe.model_copy(update={"out": runs / f"{_digest(recipe)}-seed{seed}"})
+            recipe = size.with_changes(changes, runs / f"{digest}-seed{seed}", seed)
             planned[arm.name, seed] = Run(arm, seed, recipe, start and start.folder)
     return list(planned.values())
 
@@ -139,9 +141,14 @@ def _python(module: str, *words: str, log: Path, what: str, jobs: int) -> None:
 
 
 def seconds_of(run: Run) -> float:
-    """What its training took."""
-    state: dict[str, Any] = json.loads((run.folder / "state" / "state.json").read_text())
-    return float(state["seconds"])
+    """What its training took; UsageError where the log that its checkpoint brings is damaged."""
+    log = run.checkpoint / "log.jsonl"
+    try:
+        return float(json.loads(log.read_text().splitlines()[-1])["seconds"])
+    except (OSError, ValueError, LookupError, TypeError):
+        raise UsageError(
+            f"{log}: missing or damaged; delete {run.folder}, and it is trained anew"
+        ) from None
 
 
 def carry_out(

@@ -46,6 +46,12 @@ def _is_rising(length: tuple[float, float]) -> tuple[float, float]:
 Length = Annotated[tuple[float, float], AfterValidator(_is_rising)]
 
 
+def within(seconds: Any, length: tuple[float, float]) -> Any:
+    """Whether a clip of `seconds`, or each of an array of them, is longer than the first number
+    and no longer than the second: so is `Test.max_seconds` meant."""
+    return (length[0] < seconds) & (seconds <= length[1])
+
+
 class Size(BaseModel):
     """`recipes/studies/SIZE.yaml`."""
 

@@ -18,6 +18,7 @@ from melprobe.analysis.statistics import Bootstrap, Interval
 from melprobe.analysis.wer import corpus_wer, count_errors
 from melprobe.studies.paper import Arm, Study
 from melprobe.studies.running import Run, seconds_of
+from melprobe.studies.sizes import within
 
 ALL = (0.0, math.inf)
 
@@ -63,7 +64,7 @@ class Scores:
         return len(self._where(lengths))
 
     def _where(self, lengths: tuple[float, float]) -> np.ndarray:
-        return np.flatnonzero((lengths[0] <= self.seconds) & (self.seconds < lengths[1]))
+        return np.flatnonzero(within(self.seconds, lengths))
 
     def _speakers(self, where: np.ndarray) -> list[str]:
         return [self.speakers[i] for i in where]
