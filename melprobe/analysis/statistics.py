@@ -99,6 +99,11 @@ class Bootstrap:
         rows = zip(values, values - high, values - low, strict=True)
         return [Interval(*map(float, row)) for row in rows]
 
+    def tests(self, numerators: ArrayLike, denominator: ArrayLike | None = None) -> "Tests":
+        """One-sided tests of each column's ratio against margins; see `Tests`."""
+        values, resampled = self._resample(numerators, denominator)
+        return Tests(values, resampled)
+
     def _resample(
         self, numerators: ArrayLike, denominator: ArrayLike | None
     ) -> tuple[Floats, _Resampled | None]:
@@ -125,6 +130,46 @@ class Bootstrap:
         return values, _Resampled(errors, shifts, _spread(squares, sizes, self.n_units))
 
 
+class Tests:
+    """Bootstrap-t tests of L ratios, each by itself: `melprobe.analysis.claims` puts them together.
+
+    Where resampling bounds nothing (see `Bootstrap.ratio`) every p is 1. A column without any
+    spread is what it is: its p is the smallest that so many resamples can give.
+    """
+
+    def __init__(self, values: Floats, resampled: _Resampled | None):
+        self.values = values
+        """[L] the ratios"""
+        self.errors = np.full(len(values), np.inf) if resampled is None else resampled.errors
+        """[L] their standard errors, infinite where unknown"""
+        # [R, L], of (ratio - truth) / standard error; sorted, so that p is a place in it.
+        self._t = None if resampled is None else np.sort(_studentised(resampled), axis=0)
+
+    def p_below(self, margin: float) -> Floats:
+        """[L] p of "the ratio is `margin` or more"."""
+        return self._p(margin, below=True)
+
+    def p_above(self, margin: float) -> Floats:
+        """[L] p of "the ratio is `margin` or less"."""
+        return self._p(margin, below=False)
+
+    def _p(self, margin: float, *, below: bool) -> Floats:
+        found = np.ones(len(self.values))
+        if self._t is None:
+            return found
+        resamples = len(self._t)
+        for i, (value, error) in enumerate(zip(self.values, self.errors, strict=True)):
+            if error == 0:
+                beyond = 0 if (value < margin if below else value > margin) else resamples
+            elif below:
+                beyond = np.searchsorted(self._t[:, i], (value - margin) / error, side="right")
+            else:
+                place = np.searchsorted(self._t[:, i], (value - margin) / error, side="left")
+                beyond = resamples - place
+            found[i] = (1 + beyond) / (1 + resamples)
+        return found
+
+
 def mean_of_rates(
     rates: Sequence[tuple[Bootstrap, ArrayLike, ArrayLike]], confidence: float = 0.95
 ) -> Interval:
@@ -148,12 +193,16 @@ def mean_of_rates(
 
 def _limits(resampled: _Resampled, confidence: float) -> tuple[Floats, Floats]:
     """How far below and above the truth the estimate [L] may lie (max-t over the columns)."""
+    t, tail = _studentised(resampled), (1 - confidence) / 2
+    low = np.quantile(t.min(axis=1), tail) * resampled.errors
+    return low, np.quantile(t.max(axis=1), 1 - tail) * resampled.errors
+
+
+def _studentised(resampled: _Resampled) -> Floats:
+    """[R, L] each resample's shift over its own standard error; 0 in a column without spread."""
     errors, shifts = resampled.errors, resampled.shifts
     spreads = np.maximum(resampled.spreads, LEAST_SPREAD * errors)
-    t = np.divide(shifts, spreads, out=np.zeros_like(shifts), where=errors > 0)
-    tail = (1 - confidence) / 2
-    low = np.quantile(t.min(axis=1), tail) * errors
-    return low, np.quantile(t.max(axis=1), 1 - tail) * errors
+    return np.divide(shifts, spreads, out=np.zeros_like(shifts), where=errors > 0)
 
 
 def _enough(speakers: Sequence[str]) -> bool:
