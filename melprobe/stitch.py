@@ -41,6 +41,13 @@ from melprobe.model.exit import check_reached
 from melprobe.store import provenance
 
 SCHEMA = 1
+_TOLD = dict(
+    zip(
+        (*STITCHED, EXCHANGED),
+        ("stitched as they are", "stitched through a fitted affine map", "one block exchanged"),
+        strict=True,
+    )
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -144,22 +151,18 @@ def _show(results: dict[str, Any]) -> None:
         passed = "passed" if gate["passed"] else "NOT passed: nothing below speaks of listening"
         name = results["arms"][arm]["name"]
         console.print(f"{arm}, {name}: listening gate {passed}; {gate['reason']}", soft_wrap=True)
-    table = Table("block l")
-    columns = [(arm, condition) for condition in (*STITCHED, EXCHANGED) for arm in ARMS]
-    for arm, condition in columns:
-        other = ARMS[1 - ARMS.index(arm)]
-        what = (
-            f"{arm} with {other}'s l" if condition == EXCHANGED else f"{other} below, {arm} from l"
-        )
-        mapped = " (mapped)" if condition == STITCHED[1] else ""
-        table.add_column(what + mapped, justify="right")
     found = {(x["arm"], x["condition"], x["layer"]): x for x in results["layers"]}
-    for layer in range(1 + max(x["layer"] for x in results["layers"])):
-        table.add_row(str(layer), *(_cell(found[*column, layer]) for column in columns))
-    console.print("damage d with its 95 % band over all blocks")
-    console.print(table)
+    for condition, told in _TOLD.items():
+        table = Table("block l", title=told, title_justify="left")
+        for arm, other in (ARMS, ARMS[::-1]):
+            stitched = f"{other} below l, {arm} from l on"
+            table.add_column(f"{arm} with {other}'s l" if condition == EXCHANGED else stitched)
+        for layer in range(1 + max(x["layer"] for x in results["layers"])):
+            table.add_row(str(layer), *(_cell(found[arm, condition, layer]) for arm in ARMS))
+        console.print(table)
     console.print(
-        f"stitched: beside {results['worse']}, which hears less; exchanged: beside the arm itself",
+        "Damage d with its 95 % band over all blocks: of stitched models beside "
+        f"{results['worse']}, which hears less; of an exchanged block beside the arm that got it.",
         soft_wrap=True,
     )
 
