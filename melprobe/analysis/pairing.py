@@ -1,0 +1,107 @@
+"""Which frames stand for each other: frames of two captures at the same times, and minibatches.
+
+Frames of two captures are matched by their `seconds`, frame by frame of the coarser one. Neighbours
+in time resemble each other whatever a model does, so the frames of a clip that share a minibatch
+lie at least a block apart; over its passes a window of clips gives all its frames.
+
+Re-pairing gives the floor: each clip is held against another one of the same speaker and of like
+length that says other words, frames in their order. What is still alike then is the speaker, the
+place in the clip, and the smoothness of speech.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from melprobe.analysis.similarity import FEWEST
+from melprobe.analysis.wer import normalise
+
+Places = NDArray[np.int64]
+_TIE = 1e-4
+"""s: of two frames that are equally near, always the earlier, whatever rounding says"""
+
+
+def matched(
+    a: NDArray[np.float32],
+    b: NDArray[np.float32],
+    rates: tuple[float, float],
+    lags: Sequence[int] = (0,),
+) -> tuple[Places, Places]:
+    """Places (n,) in a, and (lags, n) in b, of frames at the same times, and so many frames later.
+
+    a, b: rising middles of a clip's frames in seconds; rates: frames a second of either. A lag is
+    counted in frames of the coarser. Only frames of it that have a partner at every lag are there.
+    """
+    step = 1 / min(rates)
+    times = np.asarray(a if rates[0] <= rates[1] else b, np.float64)
+    if not len(a) or not len(b):
+        return np.zeros(0, np.int64), np.zeros((len(lags), 0), np.int64)
+    in_a, there = _nearest(a, times, step)
+    in_b = np.zeros((len(lags), len(times)), np.int64)
+    for row, lag in enumerate(lags):
+        in_b[row], found = _nearest(b, times + lag * step, step)
+        there &= found
+    return in_a[there], in_b[:, there]
+
+
+def _nearest(
+    among: NDArray[np.float32], times: NDArray[np.float64], step: float
+) -> tuple[Places, NDArray[np.bool_]]:
+    """The nearest frame to each time, and whether it is within half a step."""
+    middles = (among[1:].astype(np.float64) + among[:-1]) / 2
+    nearest = np.searchsorted(middles, times - _TIE)
+    return nearest, np.abs(among[nearest] - times) <= step / 2 + 2 * _TIE
+
+
+def partners(utterances: pd.DataFrame) -> dict[str, str]:
+    """For each utterance another one of its speaker, nearest in duration, with other words.
+
+    utterances: text, speaker and duration by id, as of `Capture`. Those for whom there is none are
+    absent. Utterances without a speaker's name count as one speaker's.
+    """
+    found = {}
+    speakers = utterances.speaker.fillna("")
+    for _, group in utterances.groupby(speakers):
+        said = group.text.map(normalise).to_numpy()
+        durations = group.duration.to_numpy()
+        for name, text, duration in zip(group.index, said, durations, strict=True):
+            others = np.flatnonzero(said != text)
+            if len(others):
+                nearest = others[np.abs(durations[others] - duration).argmin()]
+                found[name] = group.index[nearest]
+    return found
+
+
+def windows(frames: Sequence[int], most: int, rng: np.random.Generator) -> Iterator[list[int]]:
+    """Numbers of clips in a drawn order, together as long as their frames are no more than most.
+
+    So what is in memory at a time is bounded, and a minibatch still holds clips of all kinds.
+    """
+    window: list[int] = []
+    size = 0
+    for clip in rng.permutation(len(frames)).tolist():
+        if window and size + frames[clip] > most:
+            yield window
+            window, size = [], 0
+        window.append(clip)
+        size += frames[clip]
+    if window:
+        yield window
+
+
+def minibatches(
+    frames: Sequence[int], apart: int, most: int, rng: np.random.Generator
+) -> Iterator[tuple[int, Places]]:
+    """(pass, places) of each minibatch among the concatenated frames of a window's clips.
+
+    Pass p takes frames p, p + apart, p + 2 apart, … of every clip, shuffles them, and cuts them
+    into minibatches of like size, `most` at most. What a pass has below four frames of is left out.
+    """
+    within = np.concatenate([np.arange(n) for n in frames]) % apart
+    for number in range(apart):
+        chosen = rng.permutation(np.flatnonzero(within == number))
+        if len(chosen) >= FEWEST:
+            for places in np.array_split(chosen, -(-len(chosen) // most)):
+                yield number, places
