@@ -24,7 +24,8 @@ def heat_map(results: Mapping[str, Any]) -> str:
 
     def paint(figure: Figure, narrow: bool) -> None:
         rows = (len(grids) + 1) // 2
-        figure.set_figheight(5 * rows)
+        tallest = max(len(grid["layers_a"]) / len(grid["layers_b"]) for grid in grids)
+        figure.set_figheight((rows * (75 + 335 * min(tallest, 1.3)) + 60) / 72)
         panels = figure.subplots(rows, 2, squeeze=False).flat
         for ax, grid in zip(panels, grids, strict=False):
             mesh = _panel(ax, grid, results)
