@@ -97,7 +97,7 @@ def minibatches(
     """(pass, places) of each minibatch among the concatenated frames of a window's clips.
 
     Pass p takes frames p, p + apart, p + 2 apart, … of every clip, shuffles them, and cuts them
-    into minibatches of like size, `most` at most. What a pass has below four frames of is left out.
+    into minibatches of like size, `most` (8 or more) at most. A pass of fewer than 4 is left out.
     """
     within = np.concatenate([np.arange(n) for n in frames]) % apart
     for number in range(apart):
