@@ -9,7 +9,6 @@ and `similarity.svg`, and by utterance in `rows.parquet`.
 """
 
 import json
-import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from melprobe.analysis.comparison import BATCH, REAL, REPAIRED, Compared, Comparison
+from melprobe.analysis.comparison import REAL, REPAIRED, Compared, Comparison
 from melprobe.analysis.comparison_scores import findings
 from melprobe.analysis.views import Speech
 from melprobe.captured import Capture
@@ -40,12 +39,6 @@ def parser() -> Parser:
     p.add_argument("b", type=Path, nargs="?", metavar="B", help="another model's; none: within A")
     p.add_argument("--out", type=Path, required=True, help="folder of the results")
     p.add_argument(
-        "--block",
-        type=float,
-        default=0.5,
-        help="seconds that frames of a clip in one minibatch are apart (%(default)s)",
-    )
-    p.add_argument(
         "--lags",
         type=int,
         default=2,
@@ -59,8 +52,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Compare, write, print."""
     words = list(sys.argv[1:] if argv is None else argv)
     options = parser().parse_args(words)
-    if not 0 < options.block < math.inf:
-        raise UsageError(f"--block {options.block}: take seconds above 0")
     if not 0 <= options.lags <= 25:
         raise UsageError(f"--lags {options.lags}: take 0 to 25")
     check_writable(options.out, f"--out {options.out}")
@@ -69,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.b:
         check_same_utterances(a.captured, b.captured)
     lags = range(-options.lags, options.lags + 1) if options.b else (0,)
-    comparison = Comparison(a, b, options.block, lags, options.seed)
+    comparison = Comparison(a, b, lags, options.seed)
     if not comparison.pairs("h"):
         raise UsageError(
             f"{options.a}: one residual alone has no next one; capture more --layers"
@@ -120,9 +111,6 @@ def described(what: Comparison, compared: Compared) -> dict[str, Any]:
         "a": _about(what.a),
         "b": None if what.within else _about(what.b),
         "counts": counts,
-        "block_seconds": what.block,
-        "block_frames": what.apart,
-        "minibatch_frames": BATCH,
         "lags": list(what.lags),
         "grids": [
             {

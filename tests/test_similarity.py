@@ -252,23 +252,28 @@ def test_clips_without_frames_match_nothing():
     assert len(in_a) == 0 and in_b.shape == (2, 0)
 
 
-def test_minibatches_keep_frames_of_a_clip_apart_and_use_each_once():
-    rng, frames = np.random.default_rng(0), [20, 7, 33]
-    clip = np.repeat([0, 1, 2], frames)
-    seen = []
-    for _, places in minibatches(frames, 6, 8, rng):
-        assert 4 <= len(places) <= 8
-        seen += places.tolist()
-        for number in range(3):
-            assert (np.diff(np.sort(places[clip[places] == number])) >= 6).all()
-    assert sorted(seen) == list(range(60))
+@pytest.mark.parametrize("frames", [[25, 27, 33, 30, 25], [9] * 40, [5, 6, 7, 8, 9, 11], [3] * 200])
+def test_minibatches_hold_one_frame_of_a_clip_and_use_all_once(frames):
+    clip = np.repeat(range(len(frames)), frames)
+    found = list(minibatches(frames, 64, np.random.default_rng(0)))
+    assert sorted(chain(*found)) == list(range(sum(frames)))
+    sizes = {len(places) for places in found}
+    assert min(sizes) >= 4 and max(sizes) <= 64 and max(sizes) - min(sizes) <= 1
+    assert all(len(set(clip[places])) == len(places) for places in found)
+
+
+def test_a_clip_far_longer_than_the_others_gives_some_of_its_frames():
+    found = list(minibatches([10] * 9 + [1000], 64, np.random.default_rng(0)))
+    assert min(map(len, found)) >= 4 and len(set(chain(*found))) == sum(map(len, found)) < 150
+    assert list(minibatches([10, 10, 10], 64, np.random.default_rng(0))) == []
 
 
 def test_windows_hold_every_clip_once_and_no_more_frames_than_they_may():
-    frames = [5, 9, 3, 30, 2, 8]
-    found = list(windows(frames, 12, np.random.default_rng(0)))
-    assert sorted(chain(*found)) == list(range(6))
-    assert all(sum(frames[i] for i in window) <= 12 or len(window) == 1 for window in found)
+    frames = [5 + 3 * (i % 7) for i in range(100)]
+    found = windows(frames, 300, np.random.default_rng(0))
+    assert sorted(chain(*found)) == list(range(100)) and len(found) > 3
+    assert all(sum(frames[i] for i in window) <= 300 for window in found[:-1])
+    assert [len(window) for window in windows([50] * 40, 100, np.random.default_rng(0))] == [16, 24]
 
 
 def test_partners_are_of_the_same_speaker_with_other_words_and_near_in_length():

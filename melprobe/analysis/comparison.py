@@ -24,10 +24,12 @@ from melprobe.errors import UsageError
 
 BATCH = 256
 """Frames in a minibatch"""
-WINDOW = 2048
-"""Frames of a capture in memory, of all its layers, unless one clip has more"""
+WINDOW = 4096
+"""Frames of a capture in memory, of all its layers, unless sixteen clips have more"""
 SAMPLE = 1500
 """Frames at most for the secondary indices, which don't stream"""
+SAMPLE_APART = 0.5
+"""Seconds between a clip's frames in it"""
 REAL, REPAIRED = "real", "re-paired"
 
 
@@ -50,8 +52,6 @@ class Comparison:
 
     a: Speech
     b: Speech
-    block: float
-    """seconds that frames of a clip in one minibatch are apart, at least"""
     lags: Sequence[int]
     """frames of the coarser capture that B may be late, tried one by one"""
     seed: int = 0
@@ -63,11 +63,6 @@ class Comparison:
     @property
     def within(self) -> bool:
         return self.a is self.b
-
-    @property
-    def apart(self) -> int:
-        """Frames in a block, of the coarser capture."""
-        return max(1, round(self.block * min(self.a.rate, self.b.rate)))
 
     def pairs(self, of: str) -> list[tuple[int, int]]:
         """Numbers of the layers that have rows."""
@@ -92,8 +87,8 @@ class Comparison:
                 sample.add(window)
             if pairing == REAL and not sums.frames.any():
                 raise UsageError(
-                    f"{self.a.captured.folder}: too few frames of speech at the same times: "
-                    f"of no time in a block of {self.block:g} s are there four; capture more clips"
+                    f"{self.a.captured.folder}: fewer than four clips with frames of speech at the "
+                    "same times; capture more"
                 )
             rows.append(sums.rows().assign(pairing=pairing))
             secondary.append(sample.rows().assign(pairing=pairing))
@@ -132,8 +127,10 @@ class _Window:
     """(lags, n) places in b"""
     utterance: Tensor
     """(n,) number among the comparison's"""
-    batches: list[tuple[int, Tensor]]
-    """(pass, places among the n)"""
+    batches: list[Tensor]
+    """places among the n"""
+    sample: Tensor
+    """places among the n of frames for the secondary indices"""
 
     @classmethod
     def read(
@@ -150,13 +147,16 @@ class _Window:
             in_b.append(torch.from_numpy(places_b) + start)
             utterance += [what.utterances.index(name)] * len(places_a)
             start += b[-1].shape[1]
-        cuts = minibatches([x.shape[1] for x in a], what.apart, BATCH, rng)
+        frames = [x.shape[1] for x in a]
+        apart = max(1, round(SAMPLE_APART * min(what.a.rate, what.b.rate)))
+        within = np.concatenate([np.arange(n) for n in frames])
         return cls(
             torch.cat(a, 1),
             torch.cat(b, 1),
             torch.cat(in_b, 1),
             torch.tensor(utterance),
-            [(number, torch.from_numpy(places)) for number, places in cuts],
+            [torch.from_numpy(places) for places in minibatches(frames, BATCH, rng)],
+            torch.from_numpy(np.flatnonzero(within % apart == 0)),
         )
 
 
@@ -174,7 +174,7 @@ class _Sums:
 
     def add(self, window: _Window, with_grid: bool) -> None:
         n = len(self.what.utterances)
-        for _, places in window.batches:
+        for places in window.batches:
             self.frames += torch.bincount(window.utterance[places], minlength=n)
             for view in self.grids:
                 self._add(view, window, places, with_grid)
@@ -212,7 +212,7 @@ class _Sums:
 
 
 class _Sample:
-    """Frames a block apart for the secondary indices, at lag 0."""
+    """Frames for the secondary indices, at lag 0."""
 
     def __init__(self, what: Comparison):
         self.what = what
@@ -222,12 +222,10 @@ class _Sample:
 
     def add(self, window: _Window) -> None:
         zero = list(self.what.lags).index(0)
-        for number, places in window.batches:
-            places = places[: SAMPLE - self.n]
-            if number == 0 and len(places):
-                self.a.append(window.a[:, places])
-                self.b.append(window.b[:, window.in_b[zero, places]])
-                self.n += len(places)
+        places = window.sample[: SAMPLE - self.n]
+        self.a.append(window.a[:, places])
+        self.b.append(window.b[:, window.in_b[zero, places]])
+        self.n += len(places)
 
     def rows(self) -> pd.DataFrame:
         what, found = self.what, []

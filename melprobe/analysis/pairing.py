@@ -1,8 +1,9 @@
 """Which frames stand for each other: frames of two captures at the same times, and minibatches.
 
-Frames of two captures are matched by their `seconds`, frame by frame of the coarser one. Neighbours
-in time resemble each other whatever a model does, so the frames of a clip that share a minibatch
-lie at least a block apart; over its passes a window of clips gives all its frames.
+Frames of two captures are matched by their `seconds`, frame by frame of the coarser one. A
+minibatch holds one frame of a clip at most: frames of one clip resemble each other whatever a model
+does, and debiasing takes a minibatch's frames to be independent (two half a second apart are not:
+LOG.md, 2026-11-30).
 
 Re-pairing gives the floor: each clip is held against another one of the same speaker and of like
 length that says other words, frames in their order. What is still alike then is the speaker, the
@@ -19,6 +20,8 @@ from melprobe.analysis.similarity import FEWEST
 from melprobe.analysis.wer import normalise
 
 Places = NDArray[np.int64]
+FEWEST_CLIPS = 16
+"""A window's: of fewer, minibatches would be small."""
 _TIE = 1e-4
 """s: of two frames that are equally near, always the earlier, whatever rounding says"""
 
@@ -74,34 +77,46 @@ def partners(utterances: pd.DataFrame) -> dict[str, str]:
     return found
 
 
-def windows(frames: Sequence[int], most: int, rng: np.random.Generator) -> Iterator[list[int]]:
-    """Numbers of clips in a drawn order, together as long as their frames are no more than most.
+def windows(frames: Sequence[int], most: int, rng: np.random.Generator) -> list[list[int]]:
+    """Numbers of clips in a drawn order, together while their frames are no more than `most`.
 
-    So what is in memory at a time is bounded, and a minibatch still holds clips of all kinds.
+    So what is in memory at a time is bounded, and a minibatch still holds clips of all kinds. At
+    least FEWEST_CLIPS are together, if there are so many.
     """
-    window: list[int] = []
+    found: list[list[int]] = [[]]
     size = 0
     for clip in rng.permutation(len(frames)).tolist():
-        if window and size + frames[clip] > most:
-            yield window
-            window, size = [], 0
-        window.append(clip)
+        if size + frames[clip] > most and len(found[-1]) >= FEWEST_CLIPS:
+            found.append([])
+            size = 0
+        found[-1].append(clip)
         size += frames[clip]
-    if window:
-        yield window
+    if len(found) > 1 and len(found[-1]) < FEWEST_CLIPS:
+        last = found.pop()
+        found[-1] += last
+    return found
 
 
-def minibatches(
-    frames: Sequence[int], apart: int, most: int, rng: np.random.Generator
-) -> Iterator[tuple[int, Places]]:
-    """(pass, places) of each minibatch among the concatenated frames of a window's clips.
+def minibatches(frames: Sequence[int], most: int, rng: np.random.Generator) -> Iterator[Places]:
+    """Places of each minibatch among the concatenated frames of a window's clips; none twice.
 
-    Pass p takes frames p, p + apart, p + 2 apart, … of every clip, shuffles them, and cuts them
-    into minibatches of like size, `most` (8 or more) at most. A pass of fewer than 4 is left out.
+    Clips deal their frames, in a drawn order, to the minibatches in turn: so sizes differ by one at
+    most, and as many minibatches as the longest clip has frames keep each clip's apart. Where that
+    would leave less than half of the clips in one, long clips give only some of their frames.
     """
-    within = np.concatenate([np.arange(n) for n in frames]) % apart
-    for number in range(apart):
-        chosen = rng.permutation(np.flatnonzero(within == number))
-        if len(chosen) >= FEWEST:
-            for places in np.array_split(chosen, -(-len(chosen) // most)):
-                yield number, places
+    lengths = np.array(frames, np.int64)
+    least = max(FEWEST, len(lengths) / 2)
+    count = int(lengths.max(initial=0))
+    while count > 1 and np.minimum(lengths, count).sum() < least * count:
+        count -= 1
+    count = max(count, -(-int(lengths.sum()) // most))
+    dealt: list[list[int]] = [[] for _ in range(count)]
+    turn = first = 0
+    for length in lengths.tolist():
+        for place in rng.permutation(length)[:count].tolist():
+            dealt[turn % count].append(first + place)
+            turn += 1
+        first += length
+    for places in dealt:
+        if len(places) >= FEWEST:
+            yield np.array(places, np.int64)
