@@ -113,7 +113,7 @@ def test_the_compare_bench_finds_the_same_as_ckatorch(capsys):
     figures = json.loads(capsys.readouterr().out)
     assert figures["max_difference"] < 1e-5 and figures["frames"] == 2048
     assert figures["ratio_ckatorch"] > 1.5 and figures["peak_mb"] > 100
-    assert figures["seconds_at_peak"] > 0 and 0 < figures["of_peak"] < 1
+    assert 0 < figures["of_peak"] < 1
 
 
 def test_the_compare_bench_names_what_it_cannot_do(monkeypatch):

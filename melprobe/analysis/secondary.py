@@ -60,7 +60,7 @@ def mutual_neighbours(x: Tensor, y: Tensor, k: int = NEIGHBOURS) -> float:
         distance.fill_diagonal_(torch.inf)
         among = torch.zeros_like(distance, dtype=torch.bool)
         near.append(among.scatter_(1, distance.topk(k, largest=False).indices, True))
-    return float((near[0] & near[1]).sum() / (k * len(x)))
+    return (near[0] & near[1]).sum().item() / (k * len(x))
 
 
 def rsa(x: Tensor, y: Tensor) -> float:

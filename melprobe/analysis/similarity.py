@@ -9,10 +9,10 @@ features its mean is 0 (Murphy et al. 2024, arXiv 2405.01012). It can lie just b
 Over minibatches HSIC_1 is averaged, and the ratio taken at the end (Nguyen et al. 2021, arXiv
 2010.15327); batches count by their frames. A layer's Gram matrix serves all pairs, so a grid of L
 layers costs L Gram matrices and one product of (L, n²) matrices. The other road, X'Y of all frames
-at once, gives HSIC_1 over all pairs of frames, but costs D² a frame for each of L² pairs of layers
-(35 times as much for 31 layers, D = 576, n = 256), counts neighbouring frames as if they were
-independent, and brings nothing: what frames a minibatch holds matters less than which clips there
-are (LOG.md, 2026-11-30).
+in one pass, gives HSIC_1 over all pairs of frames, but costs D² a frame for each of L² / 2 pairs of
+layers (35 times as much for 31 layers, D = 576, n = 256). Nor may it be asked to leave out pairs of
+frames from one clip, which no minibatch here holds (see `pairing`), and it is hardly less spread,
+since which clips there are matters more than which of their frames meet (LOG.md, 2026-11-30).
 
 Letters: n frames in a minibatch, D width, L layers, U utterances. Knows no captures and no models.
 """
