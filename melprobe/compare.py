@@ -1,11 +1,12 @@
 """`python -m melprobe.compare A [B] --out DIR`: how alike layers are, in one model or between two.
 
-A and B are captures of the same utterances (`python -m melprobe.capture --positions speech`). The
-index is debiased linear CKA on frames at the same times, on residuals h and on what blocks add (Δ),
-raw and standardised; beside each value stand its 95 % band and its floor: the same of re-paired
-utterances (same speaker, like length, other words) after the same search over lags. Within one
-model, layers are held against the next; DIR has every layer with every layer in `results.json`
-and `similarity.svg`, and by utterance in `rows.parquet`.
+A and B are captures of the same utterances (`python -m melprobe.capture --positions speech`); B may
+also be `mel`, the raw log-mel patches of A's clips. The index is debiased linear CKA on frames at
+the same times, on residuals h and on what blocks add (Δ), raw and standardised. Beside each value
+stand its 95 % band and its floor: the same of re-paired utterances (of one speaker, like in length,
+with other words) after the same search over lags. Within one model, layers are held against the next; DIR has
+every layer with every layer in `results.json` and `similarity.svg`, and what each utterance
+contributes in `rows.parquet`.
 """
 
 import json
@@ -23,6 +24,7 @@ from rich.table import Table
 
 from melprobe.analysis.comparison import REAL, REPAIRED, Compared, Comparison
 from melprobe.analysis.comparison_scores import findings
+from melprobe.analysis.raw_mel import RawMel
 from melprobe.analysis.views import Speech
 from melprobe.captured import Capture
 from melprobe.errors import Parser, UsageError, check_writable, run
@@ -30,13 +32,19 @@ from melprobe.report.similarity import heat_map
 from melprobe.store import provenance
 
 SCHEMA = 1
+MEL = "mel"
 SYMBOLS = {"h": "h", "delta": "Δ"}
 
 
 def parser() -> Parser:
     p = Parser(prog="python -m melprobe.compare", description=__doc__)
     p.add_argument("a", type=Path, metavar="A", help="folder of a capture")
-    p.add_argument("b", type=Path, nargs="?", metavar="B", help="another model's; none: within A")
+    p.add_argument(
+        "b",
+        nargs="?",
+        metavar="B",
+        help=f"another model's, or {MEL} for A's raw log-mel patches; none: within A",
+    )
     p.add_argument("--out", type=Path, required=True, help="folder of the results")
     p.add_argument(
         "--lags",
@@ -56,8 +64,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UsageError(f"--lags {options.lags}: take 0 to 25")
     check_writable(options.out, f"--out {options.out}")
     a = Speech(Capture.open(options.a))
-    b = Speech(Capture.open(options.b)) if options.b else a
-    if options.b:
+    b = a
+    if options.b == MEL:
+        b = RawMel(a.captured)
+    elif options.b:
+        b = Speech(Capture.open(options.b))
         check_same_utterances(a.captured, b.captured)
     lags = range(-options.lags, options.lags + 1) if options.b else (0,)
     comparison = Comparison(a, b, lags, options.seed)
@@ -107,9 +118,9 @@ def described(what: Comparison, compared: Compared) -> dict[str, Any]:
         counts[pairing] = {"utterances": len(once), "frames": int(once.frames.sum())}
     return {
         "schema": SCHEMA,
-        "kind": "within" if what.within else "between",
+        "kind": "mel" if isinstance(what.b, RawMel) else "within" if what.within else "between",
         "a": _about(what.a),
-        "b": None if what.within else _about(what.b),
+        "b": _about(what.b) if what.b.captured is not what.a.captured else None,
         "counts": counts,
         "lags": list(what.lags),
         "grids": [

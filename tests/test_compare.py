@@ -11,7 +11,11 @@ import pytest
 import torch
 
 from melprobe import capture, compare
+from melprobe.analysis.raw_mel import RawMel
+from melprobe.audio.load import load_utterance
+from melprobe.audio.mel import log_mel
 from melprobe.captured import INDEX, Capture
+from melprobe.corpus.manifest import read_manifest
 from melprobe.errors import UsageError
 from melprobe.hooks.positions import Kind
 from melprobe.report.similarity import heat_map
@@ -202,6 +206,51 @@ def test_a_real_capture_is_compared(folder, tmp_path):
     assert len(pairs(found)) == N_LAYERS + 1 and len(pairs(found, "delta")) == N_LAYERS
     for pair in found["pairs"]:
         assert pair["cka"] == pytest.approx(1, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def heard(folder):
+    words = ["--checkpoint", str(folder / "model"), "--data", str(folder / "data.jsonl")]
+    capture.main([*words, "--device", "cpu", "--out", str(folder / "heard")])
+    return folder / "heard"
+
+
+def test_raw_mel_takes_the_place_of_a_second_model(folder, heard, tmp_path):
+    found = compared(tmp_path, heard, "mel", "--lags", "0")
+    assert found["kind"] == "mel" and found["b"] is None
+    assert [(p["layer_a"], p["layer_b"]) for p in pairs(found)] == [(n, 0) for n in range(5)]
+    assert np.array(found["grids"][0]["cka"]).shape == (N_LAYERS + 1, 1)
+    captured = Capture.open(heard)
+    mel = RawMel(captured)
+    for utterance in read_manifest(folder / "data.jsonl"):
+        patches = mel.h(utterance.id)[0]
+        frames = log_mel(torch.from_numpy(load_utterance(utterance))[None])[0]
+        r = round(100 / captured.index["patches_per_second"])
+        for number in range(len(frames) // r):
+            assert torch.equal(patches[number], frames[number * r : (number + 1) * r].flatten())
+        seconds = captured.rows[captured.rows.utterance == utterance.id].seconds.to_numpy()
+        assert mel.clips[utterance.id].seconds == pytest.approx(seconds[: len(patches)])
+
+
+def test_raw_mel_of_a_manifest_that_has_changed_is_refused(folder, heard, tmp_path):
+    index = Capture.open(heard).index
+    index["settings"]["data"] = "0" * 64
+    with pytest.raises(UsageError, match=r"data\.jsonl: is not as it was when .*heard was made"):
+        RawMel(Capture(heard, index))
+
+
+def test_layers_that_are_not_neighbours_have_no_delta(tmp_path):
+    b = write(tmp_path / "b", lambda clip: residuals(clip)[[0, 2]], numbers=[0, 2])
+    found = compared(tmp_path, b)
+    assert [(p["of"], p["layer_a"], p["layer_b"]) for p in found["pairs"]] == [("h", 0, 2)] * 2
+    assert [g["of"] for g in found["grids"]] == ["h", "h"]
+
+
+def test_clips_without_partners_have_no_floor(tmp_path, capsys):
+    b = write(tmp_path / "b", residuals, words=["hold"] * 11)
+    for pair in compared(tmp_path, b)["pairs"]:
+        assert pair["cka"] and pair["floor"] is pair["above_floor"] is pair["floor_lag"] is None
+    assert "none" in capsys.readouterr().out
 
 
 def refused(tmp_path, *words):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from melprobe.analysis.pairing import Places, matched, minibatches, partners, windows
+from melprobe.analysis.raw_mel import RawMel
 from melprobe.analysis.secondary import INDICES
 from melprobe.analysis.similarity import CkaGrid, shares, u_centred
 from melprobe.analysis.views import VIEWS, Speech, View
@@ -69,12 +70,16 @@ class Comparison:
         first, second = self.a.layers(of), self.b.layers(of)
         if self.within:
             return list(pairwise(first))
+        if isinstance(self.b, RawMel):
+            return [(x, 0) for x in first]
         return [(x, x) for x in first if x in second]
 
     def run(self, tell: Callable[[], None] = lambda: None) -> Compared:
         """tell: is called once a clip. UsageError where no minibatch can be made."""
         rows, secondary = [], []
-        grids = {view: CkaGrid() for view in VIEWS if self.a.layers(view.of)}
+        grids = {
+            view: CkaGrid() for view in VIEWS if self.a.layers(view.of) and self.b.layers(view.of)
+        }
         others = partners(self.a.captured.utterances)
         pairings = {
             REAL: {name: name for name in self.utterances},
@@ -103,10 +108,12 @@ class Comparison:
         rates = (self.a.rate, self.b.rate)
         names = list(partner)
         places = [
-            matched(self.a.clips[u][1], self.b.clips[v][1], rates, self.lags)
+            matched(self.a.clips[u].seconds, self.b.clips[v].seconds, rates, self.lags)
             for u, v in partner.items()
         ]
-        frames = [len(self.a.clips[u][1]) + len(self.b.clips[partner[u]][1]) for u in names]
+        frames = [
+            len(self.a.clips[u].seconds) + len(self.b.clips[partner[u]].seconds) for u in names
+        ]
         for window in windows(frames, 2 * WINDOW, rng):
             chosen = [(names[i], *places[i]) for i in window if places[i][0].size]
             if chosen:

@@ -11,6 +11,7 @@ place in the clip, and the smoothness of speech.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,17 @@ from melprobe.analysis.similarity import FEWEST
 from melprobe.analysis.wer import normalise
 
 Places = NDArray[np.int64]
+
+
+class Frames(NamedTuple):
+    """A clip's frames of speech, n of them."""
+
+    places: Places
+    """(n,) among the clip's rows"""
+    seconds: NDArray[np.float32]
+    """(n,) their middles, rising"""
+
+
 FEWEST_CLIPS = 16
 """A window's: of fewer, minibatches would be small."""
 _TIE = 1e-4

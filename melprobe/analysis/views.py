@@ -8,10 +8,9 @@ from functools import cached_property
 from itertools import product
 from typing import NamedTuple
 
-import numpy as np
 from torch import Tensor
 
-from melprobe.analysis.pairing import Places
+from melprobe.analysis.pairing import Frames
 from melprobe.analysis.similarity import Moments
 from melprobe.captured import Capture
 from melprobe.errors import UsageError
@@ -40,15 +39,15 @@ class Speech:
         if rows.empty:
             raise UsageError(f"{captured.folder}: holds no speech; capture with --positions speech")
         first = captured.utterances.first_row
-        self.clips: dict[str, tuple[Places, np.ndarray]] = {
-            str(name): (part.index.to_numpy() - int(first[name]), part.seconds.to_numpy())
+        self.clips = {
+            str(name): Frames(part.index.to_numpy() - int(first[name]), part.seconds.to_numpy())
             for name, part in rows.groupby("utterance", observed=True)
         }
-        """By utterance: places among its rows, and seconds, of its frames of speech."""
+        """By utterance."""
 
     def h(self, utterance: str) -> Tensor:
         """(R, n, D), of the frames of speech."""
-        return self.captured.clip(utterance)[:, self.clips[utterance][0]]
+        return self.captured.clip(utterance)[:, self.clips[utterance].places]
 
     def layers(self, of: str) -> list[int]:
         """Numbers of the layers that there are of a view."""

@@ -12,6 +12,11 @@ from melprobe.report.svg import COLOURS, WIDE, draw
 
 _SHADES = LinearSegmentedColormap.from_list("cka", ["#f3efe4", "#8fb0cf", "#1f639e", "#0b2745"])
 _NAMES = {"h": "residuals h", "delta": "what blocks add, Δ"}
+_WHAT = {
+    "within": "within one model",
+    "between": "between two models",
+    "mel": "of a model with raw mel patches",
+}
 _TICKS = 8
 """on an axis at most"""
 
@@ -19,7 +24,7 @@ _TICKS = 8
 def heat_map(results: Mapping[str, Any]) -> str:
     """A whole SVG file: one panel for each view, shades from 0 to 1, lower values as 0."""
     grids = results["grids"]
-    what = "within one model" if results["kind"] == "within" else "between two models"
+    what = _WHAT[results["kind"]]
     alt = f"Debiased linear CKA {what}, every layer with every layer, in {len(grids)} panels."
 
     def paint(figure: Figure, narrow: bool) -> None:
@@ -43,9 +48,9 @@ def _panel(ax: Axes, grid: Mapping[str, Any], results: Mapping[str, Any]) -> Any
     cka = np.array(grid["cka"], np.float64)  # None becomes NaN, which is left blank
     ax.set_title(f"{_NAMES[grid['of']]}, {grid['scaling']}")
     mesh = ax.pcolormesh(cka, cmap=_SHADES, vmin=0, vmax=1, edgecolors="face", linewidth=0.2)
-    ax.set_aspect("equal")
-    ax.set_xlabel("layer" if results["kind"] == "within" else "layer of B")
-    ax.set_ylabel("layer" if results["kind"] == "within" else "layer of A")
+    ax.set_aspect("auto" if results["kind"] == "mel" else "equal")
+    ax.set_xlabel({"within": "layer", "between": "layer of B", "mel": "mel"}[results["kind"]])
+    ax.set_ylabel("layer of A" if results["kind"] == "between" else "layer")
     for set_ticks, layers in ((ax.set_xticks, "layers_b"), (ax.set_yticks, "layers_a")):
         places = _ticks(grid[layers])
         set_ticks([i + 0.5 for i in places], [str(grid[layers][i]) for i in places])
