@@ -4,9 +4,9 @@ A and B are captures of the same utterances (`python -m melprobe.capture --posit
 also be `mel`, the raw log-mel patches of A's clips. The index is debiased linear CKA on frames at
 the same times, on residuals h and on what blocks add (Δ), raw and standardised. Beside each value
 stand its 95 % band and its floor: the same of re-paired utterances (of one speaker, like in length,
-with other words) after the same search over lags. Within one model, layers are held against the next; DIR has
-every layer with every layer in `results.json` and `similarity.svg`, and what each utterance
-contributes in `rows.parquet`.
+with other words) after the same search over lags. Within one model, layers are held against the
+next; DIR has every layer with every layer in `results.json` and `similarity.svg`, and what each
+utterance contributes in `rows.parquet`.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Raw log-mel patches in the place of a second model: what a model has in common with its input.
 
 A floor of its own kind: two models that are no more alike than each is to raw mel need not hear
-alike. The patches are those of a capture's clips, at its rate, as a single "layer" 0 that stands for
-h and for Δ. Knows audio and manifests, no models.
+alike. The patches are those of a capture's clips, at its rate, as a single "layer" 0 that stands
+for h and for Δ. Knows audio and manifests, no models.
 """
 
 import torch
