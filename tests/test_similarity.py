@@ -277,14 +277,14 @@ def test_windows_hold_every_clip_once_and_no_more_frames_than_they_may():
 
 
 def test_partners_are_of_the_same_speaker_with_other_words_and_near_in_length():
-    table = pd.DataFrame(
-        [
-            ("a", "one two", "x", 1.0),
-            ("b", "One, two!", "x", 1.0),  # the same words
-            ("c", "three", "x", 1.4),
-            ("d", "four", "x", 9.0),
-            ("e", "five", "y", 1.0),  # alone
-        ],
-        columns=["utterance", "text", "speaker", "duration"],
-    ).set_index("utterance")
-    assert partners(table) == {"a": "c", "b": "c", "c": "a", "d": "c"}
+    rows = [(f"x{i}", f"text {i}", "x", 1.0 + i) for i in range(9)]
+    rows += [("y1", "one two", "y", 1.0), ("y2", "One, two!", "y", 2.0), ("y3", "three", "y", 9.0)]
+    rows += [("z", "alone", "z", 1.0)]
+    table = pd.DataFrame(rows, columns=["utterance", "text", "speaker", "duration"])
+    table = table.set_index("utterance")
+    found = partners(table)
+    assert "z" not in found and found["y1"] == found["y2"] == "y3"
+    ring = {u: v for u, v in found.items() if u[0] == "x"}
+    assert sorted(ring.values()) == sorted(ring) == [f"x{i}" for i in range(9)]
+    for u, v in ring.items():
+        assert ring[v] != u and abs(table.duration[u] - table.duration[v]) <= 2

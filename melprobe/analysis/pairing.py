@@ -71,21 +71,23 @@ def _nearest(
 
 
 def partners(utterances: pd.DataFrame) -> dict[str, str]:
-    """For each utterance another one of its speaker, nearest in duration, with other words.
+    """For each utterance another one of its speaker, of like duration, with other words.
 
     utterances: text, speaker and duration by id, as of `Capture`. Those for whom there is none are
-    absent. Utterances without a speaker's name count as one speaker's.
+    absent. Utterances without a speaker's name count as one speaker's. A speaker's form a ring, up
+    through every other duration and down through the rest, in which the next with other words is
+    taken: two that were each other's partners would be as alike as they are in the real pairing.
     """
     found = {}
-    speakers = utterances.speaker.fillna("")
-    for _, group in utterances.groupby(speakers):
-        said = group.text.map(normalise).to_numpy()
-        durations = group.duration.to_numpy()
-        for name, text, duration in zip(group.index, said, durations, strict=True):
-            others = np.flatnonzero(said != text)
-            if len(others):
-                nearest = others[np.abs(durations[others] - duration).argmin()]
-                found[name] = group.index[nearest]
+    for _, group in utterances.groupby(utterances.speaker.fillna("")):
+        ranked = group.sort_values("duration", kind="stable")
+        ring = [*ranked.index[::2], *ranked.index[1::2][::-1]]
+        said = ranked.text.map(normalise)
+        for place, name in enumerate(ring):
+            onwards = ring[place + 1 :] + ring[:place]
+            partner = next((other for other in onwards if said[other] != said[name]), None)
+            if partner is not None:
+                found[name] = partner
     return found
 
 
