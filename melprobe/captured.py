@@ -26,6 +26,7 @@ from melprobe.hooks.layers import format_layers
 
 SCHEMA = 1
 INDEX = "index.json"
+_WHERE = ("shard", "first_row", "rows")
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -96,6 +97,20 @@ class Capture:
             there = format_layers(self.numbers)
             raise UsageError(f"{self.folder}: h_{number} was not captured; there are {there}")
         return self._pieces(f"h_{number}")
+
+    def clip(self, utterance: str) -> Tensor:
+        """All residuals of one utterance's rows, (R, n, D), in the order of `numbers`."""
+        shard, first, n = (int(self.utterances.at[utterance, x]) for x in _WHERE)
+        start = first - int(self._first_rows[shard])
+        with opened(shard_path(self.folder, shard)) as file:
+            return torch.stack(
+                [file.get_slice(f"h_{number}")[start : start + n] for number in self.numbers]
+            )
+
+    @cached_property
+    def _first_rows(self) -> "pd.Series[int]":
+        """By shard: the number of its first row among all rows."""
+        return self.utterances.groupby("shard").first_row.min()
 
     def _pieces(self, name: str) -> Iterator[Tensor]:
         for shard in range(self.index["shards"]):

@@ -107,6 +107,23 @@ def test_training_flop_is_what_torch_counts(lm, clips):
     assert training_flop(lm.model, counts) == 2 * products
 
 
+def test_the_compare_bench_finds_the_same_as_ckatorch(capsys):
+    pytest.importorskip("ckatorch")
+    bench.main(["compare", "--json", "--layers", "4", "--frames", "2048", "--width", "32"])
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["max_difference"] < 1e-5 and figures["frames"] == 2048
+    assert figures["ratio_ckatorch"] > 1.5 and figures["peak_mb"] > 100
+    assert 0 < figures["of_peak"] < 1
+
+
+def test_the_compare_bench_names_what_it_cannot_do(monkeypatch):
+    with pytest.raises(UsageError, match="--frames 5: take at least 1024"):
+        bench.main(["compare", "--frames", "5"])
+    monkeypatch.setattr("melprobe.bench.compare.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="with ckatorch: `pip install ckatorch`"):
+        bench.main(["compare"])
+
+
 def test_the_training_bench_names_what_it_cannot_do():
     with pytest.raises(UsageError, match="--steps 0: take at least one"):
         bench.main(["train", "--steps", "0"])

@@ -2,7 +2,8 @@
 
 `mel`: the log-mel front end. `sweep`: a layer-skip study, beside the same study by nnsight,
 TransformerLens and plain hooks around `generate`. `capture`: residuals to disk, beside the forward
-pass alone. `train`: training steps, beside those of the Hugging Face Trainer.
+pass alone. `train`: training steps, beside those of the Hugging Face Trainer. `compare`: a grid of
+debiased CKA, beside ckatorch.
 """
 
 import json
@@ -18,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from melprobe.analysis.protocol import answer_limit, choose
 from melprobe.audio.load import load_utterance
 from melprobe.bench.capture import bench_capture, peak_memory
+from melprobe.bench.compare import bench_compare
 from melprobe.bench.contestants import RIVALS, Study
 from melprobe.bench.mel import bench_mel
 from melprobe.bench.sweep import bench_sweep
@@ -39,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     sweep = what.add_parser("sweep", help="a layer-skip study")
     capture = what.add_parser("capture", help="residuals to disk")
     train = what.add_parser("train", help="training steps")
-    for part in (mel, sweep, capture, train):
+    compare = what.add_parser("compare", help="a grid of debiased CKA")
+    for part in (mel, sweep, capture, train, compare):
         part.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     for part in (sweep, capture):
         part.add_argument("--checkpoint", default=DEFAULT)
@@ -69,8 +72,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--batch-seconds", type=float, help="audio in a batch; the recipe's if not given"
     )
     train.add_argument("--device", choices=("cpu", "cuda"), help="the best there is by default")
+    compare.add_argument("--layers", type=int, default=31, help="a grid of so many (%(default)s)")
+    compare.add_argument("--frames", type=int, default=100_000)
+    compare.add_argument("--width", type=int, default=576)
     options = p.parse_args(argv)
-    commands = {"mel": lambda _: bench_mel(), "sweep": _sweep, "capture": _capture, "train": _train}
+    commands = {
+        "mel": lambda _: bench_mel(),
+        "sweep": _sweep,
+        "capture": _capture,
+        "train": _train,
+        "compare": _compare,
+    }
     figures: Mapping[str, object] = commands[options.what](options)
     if options.json:
         print(json.dumps(figures))
@@ -119,6 +131,13 @@ def _train(options: Any) -> Mapping[str, object]:
         return bench_train(
             recipe, options.data, options.steps, options.batch_seconds, device, _tell
         )
+
+
+def _compare(options: Any) -> Mapping[str, object]:
+    for name, least in (("layers", 1), ("frames", 1024), ("width", 1)):
+        if getattr(options, name) < least:
+            raise UsageError(f"--{name} {getattr(options, name)}: take at least {least}")
+    return bench_compare(options.layers, options.frames, options.width, _tell)
 
 
 def _tell(line: str) -> None:
