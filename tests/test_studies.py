@@ -172,6 +172,7 @@ def test_clips_of_some_lengths_are_scored_apart(tiny_size, place, in_process):
         ("bidirectional", [0.85, 2.0]),
     ]
     assert sum(arm["clips"] for arm in masking["arms"]) == 2 * 2
+    assert masking["note"].endswith("Clips here take up to 100 positions, so this can't be seen.")
 
 
 def test_what_is_there_is_not_made_again(tiny_size, place, monkeypatch):

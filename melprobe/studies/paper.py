@@ -7,8 +7,10 @@ ours to equal at another size and on other speech. What can be compared is the o
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from melprobe.audio.mel import FRAMES_PER_SECOND
 from melprobe.hooks.layers import format_layers
 from melprobe.studies.sizes import Size
 
@@ -192,6 +194,9 @@ def freezing(size: Size) -> Study:
 
 def masking(size: Size) -> Study:
     long = {**size.bare, **size.long}
+    frames = size.with_changes(long, Path("long"), 0).model.frames_per_patch
+    most = round(max(end for _, end in size.lengths) * FRAMES_PER_SECOND / frames)
+    reach = "" if most > 500 else f" Clips here take up to {most} positions, so this can't be seen."
     ahead = {**long, "model.audio_attention": "bidirectional"}
     arms = (
         Arm("causal", "causal", long),
@@ -206,7 +211,7 @@ def masking(size: Size) -> Study:
         size.lengths,
         note="Users of Gemma 4, which has no audio encoder either, report that hearing collapses "
         "past 450 to 500 positions and that attention in both directions inside the audio mends "
-        "it.",
+        f"it.{reach}",
         whose="what is reported",
     )
 
