@@ -31,6 +31,8 @@ from melprobe.probing.tracks import (
 
 LABELS = ("phone", "class", "word", "speaker", "sex", "f0", "energy", "mel", "time")
 """All there are. f0 in octaves above 100 Hz, energy in dB, mel 80 log powers, time in seconds."""
+CLASSED = LABELS[:5]
+"""Those of them that are classes."""
 NO_WORD = ""
 """The word at a patch between words."""
 

@@ -111,6 +111,11 @@ def phone_tracks(phones: Sequence[str | None]) -> list[Track]:
     ]
 
 
+def control_name(name: str) -> str:
+    """The name of a label's control task."""
+    return f"control:{name}"
+
+
 def control(track: Track, words: Sequence[str | None], seed: int) -> Track:
     """The control task of a track (Hewitt & Liang 2019, arXiv 1909.03368), `control:NAME`.
 
@@ -124,7 +129,7 @@ def control(track: Track, words: Sequence[str | None], seed: int) -> Track:
     drawn = dict(zip(types, rng.choice(track.values[known], len(types)), strict=True))
     values = [UNKNOWN if word is None else int(drawn[word]) for word in words]
     kept = np.where(known, np.array(values, np.int64), UNKNOWN)
-    return Track(f"control:{track.name}", kept, track.classes, track.speakers_apart)
+    return Track(control_name(track.name), kept, track.classes, track.speakers_apart)
 
 
 def per_patch(
