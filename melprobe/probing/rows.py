@@ -20,6 +20,8 @@ NUMBERS = ("n", "right", "recalled", "error", "spread")
 the balanced accuracy. For labels that are numbers `error`, squared, and `spread`, the error of
 answering with the mean of the test rows."""
 
+COLUMNS = ("series", "layer", "label", "probe", "penalty", "utterance", "voice", *NUMBERS)
+
 
 class Clips:
     """What rows say of utterances: names (U,) and voices (U,), and the rows' utterance (N,)."""

@@ -13,7 +13,7 @@ from melprobe.probing.fit import read_layer
 from melprobe.probing.labels import LABELS, Labelled
 from melprobe.probing.logistic import read_layers
 from melprobe.probing.ridge import Pieces
-from melprobe.probing.rows import Clips, majority_rows, reading_rows
+from melprobe.probing.rows import COLUMNS, Clips, majority_rows, reading_rows
 from melprobe.probing.sources import Series
 from melprobe.probing.splits import NAMES, Split, split_clips
 from melprobe.probing.tasks import Task, heard, make_tasks
@@ -106,7 +106,8 @@ def run_plan(
                     found.append(reading_rows(plan.clips, task, *parts, where))
             advance()
         found += _logistic_rows(plan, each.name, layers)
-    return pd.concat(found, ignore_index=True)
+    # A study of nothing but numbers, or of none, has the columns of the others too.
+    return pd.concat(found, ignore_index=True).reindex(columns=list(COLUMNS))
 
 
 def _logistic_rows(plan: Plan, series: str, layers: Mapping[str, Pieces]) -> list[pd.DataFrame]:

@@ -23,10 +23,10 @@ def profile(results: Mapping[str, Any]) -> str:
     def paint(figure: Figure, _: bool) -> None:
         rows = -(-len(labels) // COLUMNS)
         figure.set_figheight((60 + 200 * rows) / 72)
-        panels = figure.subplots(rows, COLUMNS, squeeze=False).flat
+        panels = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
         for ax, (name, label) in zip(panels, labels.items(), strict=False):
             _panel(ax, name, label)
-        for ax in list(panels)[len(labels) :]:
+        for ax in panels[len(labels) :]:
             ax.remove()
         handles: dict[str, Any] = {}
         for ax in figure.axes:
@@ -64,8 +64,9 @@ def _panel(ax: Axes, name: str, label: Mapping[str, Any]) -> None:
         ax.axhline(label["majority"], label="commonest class", **look)
     ax.set_xlim(ends[0] - 0.5, ends[-1] + 0.5)
     best = max(max(series["score"]) for series in label["series"])
+    tops = [limits[1] for series in label["series"] for limits in series["limits"] if limits]
     # What is far below zero is as useless as zero, and would flatten all the rest.
-    ax.set_ylim(bottom=max(ax.get_ylim()[0], -0.25), top=max(1.05 * best, 0.1))
+    ax.set_ylim(bottom=max(ax.get_ylim()[0], -0.25), top=max(1.05 * best, *tops, 0.1))
 
 
 def _line(ax: Axes, xs: tuple[float, ...], series: Mapping[str, Any]) -> None:
