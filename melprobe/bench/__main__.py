@@ -2,7 +2,8 @@
 
 `mel`: the log-mel front end. `sweep`: a layer-skip study, beside the same study by nnsight,
 TransformerLens and plain hooks around `generate`. `capture`: residuals to disk, beside the forward
-pass alone. `train`: training steps, beside those of the Hugging Face Trainer.
+pass alone. `train`: training steps, beside those of the Hugging Face Trainer. `probe`: linear
+probes of all layers and labels, beside a loop over scikit-learn's.
 """
 
 import json
@@ -20,6 +21,7 @@ from melprobe.audio.load import load_utterance
 from melprobe.bench.capture import bench_capture, peak_memory
 from melprobe.bench.contestants import RIVALS, Study
 from melprobe.bench.mel import bench_mel
+from melprobe.bench.probe import FEWEST_ROWS, Sizes, bench_probe
 from melprobe.bench.sweep import bench_sweep
 from melprobe.bench.train import bench_train
 from melprobe.corpus.manifest import find_manifest, read_manifest
@@ -39,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     sweep = what.add_parser("sweep", help="a layer-skip study")
     capture = what.add_parser("capture", help="residuals to disk")
     train = what.add_parser("train", help="training steps")
-    for part in (mel, sweep, capture, train):
+    probe = what.add_parser("probe", help="linear probes of all layers and labels")
+    for part in (mel, sweep, capture, train, probe):
         part.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     for part in (sweep, capture):
         part.add_argument("--checkpoint", default=DEFAULT)
@@ -69,8 +72,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--batch-seconds", type=float, help="audio in a batch; the recipe's if not given"
     )
     train.add_argument("--device", choices=("cpu", "cuda"), help="the best there is by default")
+    for name, size in Sizes()._asdict().items():
+        probe.add_argument(f"--{name}", type=int, default=size, help="(default: %(default)s)")
+    probe.add_argument("--device", choices=("cpu", "cuda"), help="the best there is by default")
     options = p.parse_args(argv)
-    commands = {"mel": lambda _: bench_mel(), "sweep": _sweep, "capture": _capture, "train": _train}
+    commands = {
+        "mel": lambda _: bench_mel(),
+        "sweep": _sweep,
+        "capture": _capture,
+        "train": _train,
+        "probe": _probe,
+    }
     figures: Mapping[str, object] = commands[options.what](options)
     if options.json:
         print(json.dumps(figures))
@@ -119,6 +131,18 @@ def _train(options: Any) -> Mapping[str, object]:
         return bench_train(
             recipe, options.data, options.steps, options.batch_seconds, device, _tell
         )
+
+
+def _probe(options: Any) -> Mapping[str, object]:
+    sizes = Sizes(options.layers, options.rows, options.width, options.timed)
+    for name, size in sizes._asdict().items():
+        if size < 1 or (name == "rows" and size < FEWEST_ROWS):
+            least = FEWEST_ROWS if name == "rows" else 1
+            raise UsageError(f"--{name} {size}: take at least {least}")
+    if sizes.timed > sizes.layers:
+        raise UsageError(f"--timed {sizes.timed}: there are {sizes.layers} layers")
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return bench_probe(sizes, device, _tell)
 
 
 def _tell(line: str) -> None:
