@@ -29,6 +29,8 @@ from melprobe.report.profile import profile
 from melprobe.store import provenance
 
 SCHEMA = 1
+WIDTH = 110
+"""Columns of the table at least: a pipe has 80, which would cut numbers."""
 
 
 def parser() -> Parser:
@@ -87,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
     (options.out / "results.json").write_text(text + "\n", encoding="utf-8")
     (options.out / "profile.svg").write_text(profile(results), encoding="utf-8")
-    show(results, Console())
+    show(results, Console(width=max(Console().width, WIDTH)))
     print(f"{options.out / 'profile.svg'}")
 
 
