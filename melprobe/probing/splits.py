@@ -18,6 +18,8 @@ from melprobe.errors import UsageError
 
 NAMES = ("train", "dev", "test")
 SHARES = (0.5, 0.2, 0.3)
+LARGE = 0.1
+"""Share of all clips above which a voice is placed before the others."""
 DROPPED = -1
 
 
@@ -46,7 +48,7 @@ def split_clips(
     """Split U clips by what they say and, unless told not to, by who speaks.
 
     Voices that are not known ("") stand each for themselves. Each voice goes where most clips are
-    lacking, the busiest first and each sex by itself, so that all splits hear both; each sentence
+    lacking, in chance's order and each sex by itself, so that all splits hear both; each sentence
     where most of its clips are. UsageError where a split stays empty: with fewer than three voices,
     or sentences.
     """
@@ -76,7 +78,10 @@ def _shared_out(owners: Sequence[str], kinds: Sequence[str], seed: int) -> dict[
     sizes, kind_of, totals = Counter(owners), dict(zip(owners, kinds, strict=True)), Counter(kinds)
     order = sorted(sizes)
     random.Random(f"splits {seed}").shuffle(order)
-    order.sort(key=lambda owner: -sizes[owner])  # stable: chance decides between equals
+    # Those that would overfill a split come first; the sort is stable, so chance decides the rest,
+    # and test voices are as many as their share of clips lets one hope.
+    busy = LARGE * len(owners)
+    order.sort(key=lambda owner: -sizes[owner] if sizes[owner] > busy else 0)
     filled = {kind: [0] * len(NAMES) for kind in totals}
     found = {}
     for owner in order:
