@@ -49,8 +49,8 @@ def parser() -> Parser:
         "--logistic",
         default="",
         metavar="LABELS",
-        help="of these, read by logistic regression too, which takes longer: "
-        f"{','.join(CLASSED)} or all",
+        help="of these, read by logistic regression too, which takes longer, and measured by the "
+        f"online code: {','.join(CLASSED)} or all",
     )
     p.add_argument("--data", type=Path, help="the capture's manifest, if it has moved")
     p.add_argument("--seed", type=int, default=0, help="of splits, control tasks and resamples")

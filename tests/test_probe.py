@@ -105,6 +105,22 @@ def test_the_rows_carry_the_scores(study):
     assert len(tested) == results["splits"]["phone"]["clips"]["test"] / (CLIPS / VOICES)
 
 
+def test_the_online_code_is_measured_where_logistic_regression_is(study):
+    results = json.loads((study / "results.json").read_text())
+    assert not results["labels"]["class"]["codes"]
+    codes = {code["series"]: code for code in results["labels"]["phone"]["codes"]}
+    assert set(codes) == {"model", "again", "mel"}
+    model = codes["model"]
+    assert model["layers"] == [*(f"h_{i}" for i in range(N_LAYERS + 1)), "norm"]
+    assert 0 < min(model["bits_per_row"]) < np.log2(3)  # silence and two phones
+    rows = pd.read_parquet(study / "rows.parquet").query("probe == 'mdl' and series == 'model'")
+    train = results["splits"]["phone"]
+    assert rows.utterance.nunique() == train["clips"]["train"]
+    assert rows.groupby("layer").n.sum().eq(train["rows"]["train"]).all()
+    sums = rows.groupby("layer", sort=False)[["bits", "n"]].sum()
+    assert (sums.bits / sums.n).tolist() == pytest.approx(model["bits_per_row"])
+
+
 def test_the_mel_of_a_patch_can_be_read_from_it(study):
     results = json.loads((study / "results.json").read_text())
     (mel,) = [s for s in results["labels"]["mel"]["series"] if s["series"] == "mel"]

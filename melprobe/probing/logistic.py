@@ -44,20 +44,20 @@ def read_layers(
     train, dev and test (N,) choose rows at which the target's class is known. Layers are of one
     width, and their pieces of the same sizes.
     """
-    mean, scale, correlation = _standards(_batches(layers, target, train))
+    mean, scale, correlation = standards(batches_of(layers, target, train))
 
     def split(rows: Tensor) -> Batches:
-        raw = _batches(layers, target, rows)
-        return lambda: (((x - mean) * scale, y) for x, y in raw())
+        return standardised(batches_of(layers, target, rows), mean, scale)
 
-    on_train, on_dev = _held(split(train)), split(dev)
+    on_train, on_dev = held(split(train)), split(dev)
     shape = (len(layers), mean.shape[2] + 1, target.n_classes)
     weights = mean.new_zeros(shape)
-    best = weights
+    best, kept = weights, train.sum()
     most = torch.full(shape[:1], -1.0, device=mean.device)
     chosen = torch.zeros(len(layers))
     for penalty in penalties:
-        weights = _solve(on_train, weights, penalty, int(train.sum()), correlation)
+        strengths = torch.full((len(layers),), penalty, device=mean.device)
+        weights = solve(on_train, weights, strengths, int(kept), correlation)
         right = torch.stack([(_predict(weights, x) == y).sum(1) for x, y in on_dev()]).sum(0)
         better = right > most
         most = torch.where(better, right, most)
@@ -67,7 +67,12 @@ def read_layers(
     return [Reading(round(float(p), 9), f) for p, f in zip(chosen, found, strict=True)]
 
 
-def _held(batches: Batches) -> Batches:
+def standardised(batches: Batches, mean: Tensor, scale: Tensor) -> Batches:
+    """The same rows with features of zero mean and unit variance; both (L, 1, D)."""
+    return lambda: (((x - mean) * scale, y) for x, y in batches())
+
+
+def held(batches: Batches) -> Batches:
     """The same batches, the first of them from memory."""
     kept, size = list[tuple[Tensor, Tensor]](), 0
     for batch in batches():
@@ -80,11 +85,14 @@ def _held(batches: Batches) -> Batches:
     return lambda: chain(kept, islice(batches(), len(kept), None))
 
 
-def _solve(
-    batches: Batches, start: Tensor, penalty: float, count: int, correlation: Tensor
+def solve(
+    batches: Batches, start: Tensor, penalties: Tensor, count: int, correlation: Tensor
 ) -> Tensor:
-    """Weights (L, D + 1, K), the last row the bias, of least loss over `count` rows."""
-    shape = start.shape
+    """Weights (L, D + 1, K), the last row the bias, of least loss over `count` rows.
+
+    penalties (L,); correlation (L, D, D) of the features.
+    """
+    shape, penalty = start.shape, penalties[:, None, None]
     eye = torch.eye(shape[1] - 1, dtype=correlation.dtype, device=correlation.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(correlation / 2 + penalty * eye))
     inverse = inverse.float()
@@ -96,11 +104,10 @@ def _solve(
     def evaluate(flat: Tensor) -> tuple[Tensor, Tensor]:
         weights = flat.view(shape)
         kept = weights[:, :-1]
-        loss = penalty / 2 * kept.square().sum((1, 2), dtype=torch.float64)
+        loss = penalties / 2 * kept.square().sum((1, 2), dtype=torch.float64)
         gradient = torch.cat([penalty * kept, torch.zeros_like(weights[:, -1:])], 1)
         for x, y in batches():
-            logits = torch.baddbmm(weights[:, -1:], x, kept)
-            log_probs = logits.log_softmax(2)
+            log_probs = log_chances(weights, x)
             picked = y.expand(len(x), -1)[..., None]
             loss -= log_probs.gather(2, picked).sum((1, 2), dtype=torch.float64) / count
             slope = log_probs.exp_()
@@ -114,12 +121,17 @@ def _solve(
     return found.view(shape)
 
 
+def log_chances(weights: Tensor, x: Tensor) -> Tensor:
+    """Log-probabilities (L, n, K), in nat, of the classes of standardised rows (L, n, D)."""
+    return torch.baddbmm(weights[:, -1:], x, weights[:, :-1]).log_softmax(2)
+
+
 def _predict(weights: Tensor, x: Tensor) -> Tensor:
     """Classes (L, n) of standardised rows (L, n, D)."""
     return torch.baddbmm(weights[:, -1:], x, weights[:, :-1]).argmax(2)
 
 
-def _standards(batches: Batches) -> tuple[Tensor, Tensor, Tensor]:
+def standards(batches: Batches) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and one over the standard deviation, (L, 1, D), 0 for what does not vary; correlation.
 
     The last is (L, D, D) in double precision.
@@ -142,7 +154,7 @@ def _standards(batches: Batches) -> tuple[Tensor, Tensor, Tensor]:
     return shift + middle.float(), scale.float(), covariance * scale.mT * scale
 
 
-def _batches(layers: Sequence[Pieces], target: Target, rows: Tensor) -> Batches:
+def batches_of(layers: Sequence[Pieces], target: Target, rows: Tensor) -> Batches:
     """The chosen rows of all layers side by side."""
 
     def read() -> Iterator[tuple[Tensor, Tensor]]:

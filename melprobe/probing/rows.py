@@ -14,7 +14,9 @@ from melprobe.probing.tracks import Track
 
 MAJORITY = "majority"
 """The series of always answering with the training rows' commonest class."""
-NUMBERS = ("n", "right", "recalled", "error", "spread")
+MDL = "mdl"
+"""The probe of rows that hold bits of the online code, of training utterances."""
+NUMBERS = ("n", "right", "recalled", "error", "spread", "bits")
 """Columns that are sums over an utterance's rows. `right`: right answers, of n.
 `recalled`: the same, each over the test rows of its class and the number of classes: they sum up to
 the balanced accuracy. For labels that are numbers `error`, squared, and `spread`, the error of
@@ -29,9 +31,9 @@ class Clips:
     def __init__(self, names: Sequence[str], voices: Sequence[str], of: NDArray[np.int64]):
         self.names, self.voices, self.of = np.array(names), np.array(voices), of
 
-    def sums(self, task: Task, **each: NDArray[np.float64]) -> pd.DataFrame:
-        """Columns (n,) of a task's test rows, summed over each utterance, with the count `n`."""
-        which = self.of[task.test.numpy()]
+    def sums(self, rows: torch.Tensor, **each: NDArray[np.float64]) -> pd.DataFrame:
+        """Columns (n,) of the chosen of N rows, summed over each utterance, with the count `n`."""
+        which = self.of[rows.numpy()]
         there, place = np.unique(which, return_inverse=True)
         table = {"utterance": self.names[there], "voice": self.voices[there]}
         counts = {"n": np.bincount(place)}
@@ -43,15 +45,28 @@ def reading_rows(
     clips: Clips, task: Task, track: Track, target: Target, reading: Reading, where: dict[str, str]
 ) -> pd.DataFrame:
     """A row for each test utterance; where: its series, layer and probe."""
-    table = clips.sums(task, **_outcomes(task, target, reading.found))
+    table = clips.sums(task.test, **_outcomes(task, target, reading.found))
     return table.assign(label=track.name, penalty=reading.penalty, **where)
+
+
+def code_rows(
+    clips: Clips,
+    task: Task,
+    track: Track,
+    bits: torch.Tensor,
+    penalty: float,
+    where: dict[str, str],
+) -> pd.DataFrame:
+    """A row for each training utterance: bits (n,) of its rows, summed; where: series and layer."""
+    table = clips.sums(task.train, bits=bits.double().numpy())
+    return table.assign(label=track.name, penalty=penalty, probe=MDL, **where)
 
 
 def majority_rows(clips: Clips, task: Task, track: Track, target: Target) -> pd.DataFrame:
     """What always the same answer gets right."""
     commonest = target.values[task.train].bincount().argmax()
     found = torch.full((int(task.test.sum()),), int(commonest))
-    table = clips.sums(task, **_outcomes(task, target, found))
+    table = clips.sums(task.test, **_outcomes(task, target, found))
     where = {"series": MAJORITY, "layer": MAJORITY, "probe": MAJORITY}
     return table.assign(label=track.name, penalty=np.nan, **where)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from melprobe.analysis.statistics import Bootstrap, Interval
-from melprobe.probing.rows import MAJORITY
+from melprobe.probing.rows import MAJORITY, MDL
 from melprobe.probing.tracks import control_name
 
 Scores = dict[str, Any]
@@ -21,15 +21,37 @@ def score_labels(rows: pd.DataFrame, names: Sequence[str], seed: int) -> dict[st
     """Scores of each of the labels `names` that has rows; its control's as its selectivity.
 
     By series and probe: `layers`, `score` (accuracy or R²), `limits`, `balanced` accuracy,
-    `penalty`, and of a series of several layers `peak` with its `limits`.
+    `penalty`, and of a series of several layers `peak` with its `limits`; `codes` of the online
+    code, where it was measured.
     """
-    of_label = dict(iter(rows.groupby("label")))
-    none = rows.iloc[:0]
+    coded, read = rows[rows.probe == MDL], rows[rows.probe != MDL]
+    of_label, none = dict(iter(read.groupby("label"))), rows.iloc[:0]
     return {
-        name: _label(of_label[name], of_label.get(control_name(name), none), seed)
+        name: {
+            **_label(of_label[name], of_label.get(control_name(name), none), seed),
+            "codes": _codes(coded[coded.label == name], seed),
+        }
         for name in names
         if name in of_label
     }
+
+
+def _codes(rows: pd.DataFrame, seed: int) -> list[Scores]:
+    """Bits for each row of the online code, by series, with bands over its layers.
+
+    What the bands leave out is that each probe learned from the clips that were drawn before.
+    """
+    if not len(rows):
+        return []
+    clips = rows.drop_duplicates("utterance").sort_values("utterance")
+    bootstrap = Bootstrap(list(clips.voice), seed=seed)
+    found = []
+    for name, mine in rows.groupby("series", sort=False):
+        layers = list(dict.fromkeys(mine.layer))
+        bands = bootstrap.bands(_table(mine, "bits", layers), _table(mine, "n", layers)[:, 0])
+        bits, limits = [band.value for band in bands], [band.limits for band in bands]
+        found.append({"series": name, "layers": layers, "bits_per_row": bits, "limits": limits})
+    return found
 
 
 def _label(rows: pd.DataFrame, controls: pd.DataFrame, seed: int) -> Scores:

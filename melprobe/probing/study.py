@@ -12,12 +12,13 @@ from melprobe.errors import UsageError
 from melprobe.probing.fit import read_layer
 from melprobe.probing.labels import LABELS, Labelled
 from melprobe.probing.logistic import read_layers
-from melprobe.probing.ridge import Pieces
-from melprobe.probing.rows import COLUMNS, Clips, majority_rows, reading_rows
+from melprobe.probing.mdl import BLOCKS, block_of_clips, online_code
+from melprobe.probing.ridge import Pieces, Target
+from melprobe.probing.rows import COLUMNS, Clips, code_rows, majority_rows, reading_rows
 from melprobe.probing.sources import Series
 from melprobe.probing.splits import NAMES, Split, split_clips
 from melprobe.probing.tasks import Task, heard, make_tasks
-from melprobe.probing.tracks import control, control_name
+from melprobe.probing.tracks import Track, control, control_name, is_control
 
 CONTROLLED = ("phone", "class")
 RIDGE, LOGISTIC = "ridge", "logistic"
@@ -30,7 +31,8 @@ class Plan:
     tasks: list[Task]
     clips: Clips
     logistic: Sequence[str]
-    """labels that logistic regression reads as well"""
+    """labels that logistic regression reads as well, and the online code measures"""
+    seed: int
     unable: dict[str, str]
     """labels that were asked for and can't be probed, with the reason"""
 
@@ -72,7 +74,7 @@ def make_plan(
     tasks = make_tasks(with_control, labelled.utterance, splits)
     ids = [u.id for u in labelled.utterances]
     both = [*logistic, *(control_name(name) for name in logistic)]
-    return Plan(tasks, Clips(ids, labelled.voices, labelled.utterance), both, unable)
+    return Plan(tasks, Clips(ids, labelled.voices, labelled.utterance), both, seed, unable)
 
 
 def _split(labelled: Labelled, apart: bool, seed: int) -> Split:
@@ -114,13 +116,37 @@ def _logistic_rows(plan: Plan, series: str, layers: Mapping[str, Pieces]) -> lis
     found = []
     for task in plan.tasks:
         for track, target in zip(task.tracks, task.targets, strict=True):
-            if track.name in plan.logistic:
-                rows = (task.train, task.dev, task.test)
-                readings = read_layers(list(layers.values()), target, *rows)
-                for layer, reading in zip(layers, readings, strict=True):
-                    where = {"series": series, "layer": layer, "probe": LOGISTIC}
-                    found.append(reading_rows(plan.clips, task, track, target, reading, where))
+            if track.name not in plan.logistic:
+                continue
+            rows = (task.train, task.dev, task.test)
+            readings = read_layers(list(layers.values()), target, *rows)
+            for layer, reading in zip(layers, readings, strict=True):
+                where = {"series": series, "layer": layer, "probe": LOGISTIC}
+                found.append(reading_rows(plan.clips, task, track, target, reading, where))
+            if not is_control(track.name):
+                penalties = [reading.penalty for reading in readings]
+                found += _code_rows(plan, task, track, target, layers, penalties, series)
     return found
+
+
+def _code_rows(
+    plan: Plan,
+    task: Task,
+    track: Track,
+    target: Target,
+    layers: Mapping[str, Pieces],
+    penalties: Sequence[float],
+    series: str,
+) -> list[pd.DataFrame]:
+    """The online code of the training rows, where they are enough clips for it."""
+    if len(np.unique(plan.clips.of[task.train.numpy()])) < BLOCKS:
+        return []
+    block = block_of_clips(plan.clips.of, task.train, plan.seed)
+    bits = online_code(list(layers.values()), target, block, torch.tensor(penalties))
+    return [
+        code_rows(plan.clips, task, track, cost, penalty, {"series": series, "layer": layer})
+        for layer, cost, penalty in zip(layers, bits, penalties, strict=True)
+    ]
 
 
 def _moved(pieces: Pieces, device: torch.device) -> Pieces:

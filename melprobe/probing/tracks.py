@@ -116,6 +116,10 @@ def control_name(name: str) -> str:
     return f"control:{name}"
 
 
+def is_control(name: str) -> bool:
+    return name.startswith(control_name(""))
+
+
 def control(track: Track, words: Sequence[str | None], seed: int) -> Track:
     """The control task of a track (Hewitt & Liang 2019, arXiv 1909.03368), `control:NAME`.
 
