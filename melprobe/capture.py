@@ -43,6 +43,7 @@ from melprobe.listener import DTYPES, Listener, load
 from melprobe.model.checkpoint import DEFAULT, find_checkpoint, read_config, weights_file
 from melprobe.model.exit import check_residuals_reached
 from melprobe.model.inference import batches_by_length
+from melprobe.model.untrained import UNTRAINED, untrain
 from melprobe.shards import CaptureWriter
 from melprobe.store import provenance
 from melprobe.wheels import file_sha256
@@ -72,6 +73,11 @@ def parser() -> Parser:
     )
     p.add_argument("--shard-mb", type=float, default=64.0, help="size of a file, in 10^6 bytes")
     p.add_argument("--checkpoint", default=DEFAULT, help="name under checkpoints/, or a folder")
+    p.add_argument(
+        "--untrained",
+        choices=UNTRAINED,
+        help="floors for probes: the base behind a projection drawn anew, or all weights anew",
+    )
     p.add_argument("--data", default="builtin/test", help="manifest, or name like queen/test")
     p.add_argument("--limit", type=int, default=30, help="number of utterances (0: all)")
     p.add_argument("--seed", type=int, default=0, help="chooses the utterances")
@@ -117,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "shard_mb": options.shard_mb,
         "seed": options.seed,
         "device": listener.model.device.type,
+        **({"untrained": options.untrained} if options.untrained else {}),
     }
     command = ["python -m melprobe.capture", *map(shlex.quote, words)]
     about = {
@@ -152,7 +159,10 @@ def prepare(
     """
     drawn = choose(read_manifest(manifest), options.limit, options.seed)
     usable, lengths, left_out = load_usable(drawn, options.on_bad_audio, load=_as_long)
-    listener = load(checkpoint, device=options.device, dtype=DTYPES.get(options.model_dtype))
+    dtype, merge = DTYPES.get(options.model_dtype), options.untrained is None
+    listener = load(checkpoint, device=options.device, dtype=dtype, merge=merge)
+    if options.untrained:
+        untrain(listener.model, options.untrained, options.seed)
     question = Question("skip", options.positions, options.layers)  # for what it refuses
     for place in reversed(question.without_patches(usable, lengths, listener.processor)):
         left_out.append(f"{usable[place].id}: nothing of it stands at {options.positions}")

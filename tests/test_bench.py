@@ -129,3 +129,25 @@ def test_the_training_bench_names_what_it_cannot_do():
         bench.main(["train", "--steps", "0"])
     with pytest.raises(UsageError, match=r"mini-base\.yaml: trains on text alone"):
         bench.main(["train", "--recipe", "recipes/mini-base.yaml"])
+
+
+def test_the_probe_bench_finds_both_agreed(capsys):
+    words = ["--layers", "2", "--timed", "1", "--rows", "4000", "--width", "48"]
+    bench.main(["probe", "--json", *words, "--device", "cpu"])
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["max_accuracy_gap"] < 0.005 and figures["max_r2_gap"] < 1e-3
+    assert figures["ratio_sklearn"] > 0 and figures["peak_mb"] >= figures["start_mb"] > 100
+    assert figures["labels"] == 9 and figures["covariances"] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rows", "10"], "--rows 10: take at least 2000"),
+        (["--layers", "0"], "--layers 0: take at least 1"),
+        (["--layers", "2", "--timed", "3"], "--timed 3: there are 2 layers"),
+    ],
+)
+def test_the_probe_bench_names_what_it_cannot_do(words, message):
+    with pytest.raises(UsageError, match=message):
+        bench.main(["probe", *words])

@@ -104,6 +104,24 @@ class Bootstrap:
         values, resampled = self._resample(numerators, denominator)
         return Tests(values, resampled)
 
+    def best_column(
+        self, numerators: ArrayLike, confidence: float = 0.95
+    ) -> tuple[int, tuple[int, int]]:
+        """The column of [N, L] with the largest sum, and between which columns it lies.
+
+        Limits are percentiles of the best column's number over the resamples, which takes columns
+        to be in an order, such as layers. All there are where there is one unit.
+        """
+        totals = np.zeros((self.n_units, np.shape(numerators)[1]))
+        np.add.at(totals, self._unit_of, np.asarray(numerators, np.float64))
+        best = int(totals.sum(axis=0).argmax())
+        if self.n_units < 2:
+            return best, (0, totals.shape[1] - 1)
+        tail = (1 - confidence) / 2
+        each = (self._draws @ totals).argmax(axis=1)
+        low, high = np.quantile(each, [tail, 1 - tail], method="closest_observation")
+        return best, (int(low), int(high))
+
     def _resample(
         self, numerators: ArrayLike, denominator: ArrayLike | None
     ) -> tuple[Floats, _Resampled | None]:

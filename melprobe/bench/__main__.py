@@ -3,7 +3,8 @@
 `mel`: the log-mel front end. `sweep`: a layer-skip study, beside the same study by nnsight,
 TransformerLens and plain hooks around `generate`. `capture`: residuals to disk, beside the forward
 pass alone. `train`: training steps, beside those of the Hugging Face Trainer. `compare`: a grid of
-debiased CKA, beside ckatorch.
+debiased CKA, beside ckatorch. `probe`: linear probes of all layers and labels, beside a loop over
+scikit-learn's.
 """
 
 import json
@@ -22,6 +23,7 @@ from melprobe.bench.capture import bench_capture, peak_memory
 from melprobe.bench.compare import bench_compare
 from melprobe.bench.contestants import RIVALS, Study
 from melprobe.bench.mel import bench_mel
+from melprobe.bench.probe import FEWEST_ROWS, Sizes, bench_probe
 from melprobe.bench.sweep import bench_sweep
 from melprobe.bench.train import bench_train
 from melprobe.corpus.manifest import find_manifest, read_manifest
@@ -42,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     capture = what.add_parser("capture", help="residuals to disk")
     train = what.add_parser("train", help="training steps")
     compare = what.add_parser("compare", help="a grid of debiased CKA")
-    for part in (mel, sweep, capture, train, compare):
+    probe = what.add_parser("probe", help="linear probes of all layers and labels")
+    for part in (mel, sweep, capture, train, compare, probe):
         part.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     for part in (sweep, capture):
         part.add_argument("--checkpoint", default=DEFAULT)
@@ -75,6 +78,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     compare.add_argument("--layers", type=int, default=31, help="a grid of so many (%(default)s)")
     compare.add_argument("--frames", type=int, default=100_000)
     compare.add_argument("--width", type=int, default=576)
+    for name, size in Sizes()._asdict().items():
+        probe.add_argument(f"--{name}", type=int, default=size, help="(default: %(default)s)")
+    probe.add_argument("--device", choices=("cpu", "cuda"), help="the best there is by default")
     options = p.parse_args(argv)
     commands = {
         "mel": lambda _: bench_mel(),
@@ -82,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "capture": _capture,
         "train": _train,
         "compare": _compare,
+        "probe": _probe,
     }
     figures: Mapping[str, object] = commands[options.what](options)
     if options.json:
@@ -138,6 +145,18 @@ def _compare(options: Any) -> Mapping[str, object]:
         if getattr(options, name) < least:
             raise UsageError(f"--{name} {getattr(options, name)}: take at least {least}")
     return bench_compare(options.layers, options.frames, options.width, _tell)
+
+
+def _probe(options: Any) -> Mapping[str, object]:
+    sizes = Sizes(options.layers, options.rows, options.width, options.timed)
+    for name, size in sizes._asdict().items():
+        if size < 1 or (name == "rows" and size < FEWEST_ROWS):
+            least = FEWEST_ROWS if name == "rows" else 1
+            raise UsageError(f"--{name} {size}: take at least {least}")
+    if sizes.timed > sizes.layers:
+        raise UsageError(f"--timed {sizes.timed}: there are {sizes.layers} layers")
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return bench_probe(sizes, device, _tell)
 
 
 def _tell(line: str) -> None:

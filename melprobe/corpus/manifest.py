@@ -1,11 +1,11 @@
 """The one manifest that every corpus ends in: JSON lines, one utterance a line.
 
 Fields: `audio` (path relative to the manifest), `text`, `duration` (seconds), and optionally
-`speaker`, `source`, `phones` and `words` (lists of [label, start, end], seconds). Where recordings
-lie inside larger files, such as tar shards, `audio` is the shard, `bytes` ([offset, size]) says
-where in it, and `id` may name the recording. Other fields are left unread. A corpus is a folder
-with one manifest per split: `train.jsonl`, `dev.jsonl`, `test.jsonl`. Reading a manifest does not
-open its audio: `melprobe.audio.load` does.
+`speaker`, `sex` (female or male), `source`, `phones` and `words` (lists of [label, start, end],
+seconds). Where recordings lie inside larger files, such as tar shards, `audio` is the shard,
+`bytes` ([offset, size]) says where in it, and `id` may name the recording. Other fields are left
+unread. A corpus is a folder with one manifest per split: `train.jsonl`, `dev.jsonl`, `test.jsonl`.
+Reading a manifest does not open its audio: `melprobe.audio.load` does.
 
 Shards are not streamed one after the other, as lhotse's and webdataset's own readers do. A reader
 that has been killed would have to read again from the start, the order of batches would depend on
@@ -28,7 +28,7 @@ from melprobe.cache import cache_dir
 from melprobe.errors import UsageError
 
 BUILTIN = Path(__file__).parent / "builtin"
-FIELDS = {"audio", "bytes", "text", "duration", "speaker", "source", "phones", "words"}
+FIELDS = {"audio", "bytes", "text", "duration", "speaker", "sex", "source", "phones", "words"}
 BUILDABLE = ("asterisk", "queen", "synth", "jsonl", "hub", "shards")
 
 
@@ -67,6 +67,8 @@ class Utterance:
     """`manifest.jsonl:12`, for error messages."""
     bytes: Bytes | None = None
     """Those of `audio` that are the recording; None: all."""
+    sex: str = ""
+    """Of the speaker: female, male, or "" where it is not said."""
 
     @property
     def place(self) -> str:
@@ -203,7 +205,15 @@ def parse_record(record: dict[str, Any], folder: Path, where: str) -> Utterance:
         words=_spans(record, "words", where),
         where=where,
         bytes=within,
+        sex=_sex(record, where),
     )
+
+
+def _sex(record: dict[str, Any], where: str) -> str:
+    sex = _string(record, "sex", where, default="")
+    if sex not in ("", "female", "male"):
+        raise UsageError(f"{where}: sex: must be female or male, or left out, not {sex!r}")
+    return sex
 
 
 def _bytes(record: dict[str, Any], where: str) -> Bytes | None:
@@ -250,6 +260,7 @@ def to_record(utterance: Utterance, folder: Path) -> dict[str, Any]:
         "text": utterance.text,
         "duration": round(utterance.duration, 4),
         "speaker": utterance.speaker,
+        "sex": utterance.sex,
         "source": utterance.source,
         "phones": [[span.label, span.start, span.end] for span in utterance.phones],
         "words": [[span.label, span.start, span.end] for span in utterance.words],

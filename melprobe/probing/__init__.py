@@ -1,0 +1,1 @@
+"""Linear probes: what can be read from captured residuals, layer by layer. Never sees a model."""
