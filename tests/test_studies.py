@@ -511,8 +511,8 @@ def test_of_two_deaf_arms_no_order_is_said(tiny_size, tmp_path, hears):
         row["nll_swapped"] = 9.0 if good and hears else 1.2
         run.rows.parent.mkdir()
         run.rows.write_text((json.dumps(row) + "\n") * 20)
-        (run.folder / "state").mkdir()
-        (run.folder / "state" / "state.json").write_text(json.dumps({"seconds": 60}))
+        run.checkpoint.mkdir()
+        (run.checkpoint / "log.jsonl").write_text(json.dumps({"seconds": 60}))
     results = findings(study_of, runs)
     (pair,) = results["pairs"]
     assert (pair["difference"], pair["difference_ci"]) == (-1.0, (-1.0, -1.0))

@@ -136,7 +136,7 @@ def bench_train(
         parts["ratio_without_compile"] = round(ours / speed["without_compile"], 2)
     return {
         "tokens_per_s": round(ours),
-        "mfu": round(training_flop(task.model, pace.counts()) / pace.seconds / peak, 4),
+        "mfu": float(f"{training_flop(task.model, pace.counts()) / pace.seconds / peak:.3g}"),
         "ratio_trainer": round(ours / speed[best], 2),
         "trainer": best,
         **{f"tokens_per_s_trainer_{name}": round(speed[name]) for name in RIVALS},
