@@ -183,6 +183,8 @@ def carry_out(
                     del begun[future]
                     future.result()
         except KeyboardInterrupt:
-            for process in _under_way.copy():
-                process.terminate()
+            # Again and again: one that is just being started isn't known yet.
+            while wait(begun, timeout=0.1).not_done:
+                for process in _under_way.copy():
+                    process.terminate()
             raise
