@@ -28,6 +28,7 @@ from melprobe.analysis.raw_mel import RawMel
 from melprobe.analysis.views import Speech
 from melprobe.captured import Capture
 from melprobe.errors import Parser, UsageError, check_writable, run
+from melprobe.folders import replace_files
 from melprobe.report.similarity import heat_map
 from melprobe.store import provenance
 
@@ -148,17 +149,14 @@ def _about(speech: Speech) -> dict[str, Any]:
 
 def write(out: Path, results: dict[str, Any], compared: Compared) -> None:
     """results.json, rows.parquet, similarity.svg; each whole or not at all."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name, text in (
-        ("results.json", json.dumps(results, indent=2, allow_nan=False) + "\n"),
-        ("similarity.svg", heat_map(results)),
-    ):
-        draft = out / f".{name}.draft"
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(out / name)
-    draft = out / ".rows.parquet.draft"
-    compared.rows.to_parquet(draft, index=False)
-    draft.replace(out / "rows.parquet")
+
+    def fill(folder: Path) -> None:
+        text = json.dumps(results, indent=2, allow_nan=False) + "\n"
+        (folder / "results.json").write_text(text, encoding="utf-8")
+        (folder / "similarity.svg").write_text(heat_map(results), encoding="utf-8")
+        compared.rows.to_parquet(folder / "rows.parquet", index=False)
+
+    replace_files(out, fill)
 
 
 def show(results: dict[str, Any]) -> None:

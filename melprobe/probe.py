@@ -21,6 +21,7 @@ from rich.table import Table
 
 from melprobe.captured import Capture
 from melprobe.errors import Parser, UsageError, check_writable, run
+from melprobe.folders import replace_files
 from melprobe.probing.labels import CLASSED, LABELS, label
 from melprobe.probing.scores import score_labels
 from melprobe.probing.sources import MEL, MODEL, capture_series, mel_series, open_floors
@@ -84,11 +85,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "unable": plan.unable,
         **provenance(seed=options.seed, command=command),
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    rows.to_parquet(options.out / "rows.parquet")
-    text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
-    (options.out / "results.json").write_text(text + "\n", encoding="utf-8")
-    (options.out / "profile.svg").write_text(profile(results), encoding="utf-8")
+
+    def write(folder: Path) -> None:
+        rows.to_parquet(folder / "rows.parquet")
+        text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
+        (folder / "results.json").write_text(text + "\n", encoding="utf-8")
+        (folder / "profile.svg").write_text(profile(results), encoding="utf-8")
+
+    replace_files(options.out, write)
     show(results, Console(width=max(Console().width, WIDTH)))
     print(f"{options.out / 'profile.svg'}")
 

@@ -75,10 +75,8 @@ def smallest_margins(tests: Tests, alpha: float = ALPHA) -> Floats:
     spread = np.where(np.isfinite(tests.errors), tests.errors, 0.0)
     high = max(float(np.max(tests.values + 40 * spread)), 1.0)
     found = np.full(len(tests.values), np.inf)
-    for layer in range(len(found)):
+    for layer in np.flatnonzero(holm(tests.p_below(high)) <= alpha):
         low, passing = 0.0, high
-        if holm(tests.p_below(high))[layer] > alpha:
-            continue
         for _ in range(_STEPS):
             middle = (low + passing) / 2
             if holm(tests.p_below(middle))[layer] <= alpha:

@@ -54,10 +54,9 @@ def exchange_block(a: PreTrainedModel, b: PreTrainedModel, layer: int) -> Iterat
     block. Restored bit for bit on any exit. Raises UsageError for a block that isn't in both, or is
     of another shape in one of them.
     """
-    pairs = []
-    for_each = [decoder_blocks(model) for model in (a, b)]
-    (layer,) = check_layers([layer], min(map(len, for_each)))
-    ours, its = (dict(blocks[layer].named_parameters()) for blocks in for_each)
+    both = [decoder_blocks(model) for model in (a, b)]
+    (layer,) = check_layers([layer], min(map(len, both)))
+    ours, its = (dict(blocks[layer].named_parameters()) for blocks in both)
     if {n: p.shape for n, p in ours.items()} != {n: p.shape for n, p in its.items()}:
         raise UsageError(f"block {layer} is of other shapes in the two models: it has no exchange")
     pairs = [(ours[name], its[name]) for name in ours]

@@ -123,12 +123,16 @@ def solve(
 
 def log_chances(weights: Tensor, x: Tensor) -> Tensor:
     """Log-probabilities (L, n, K), in nat, of the classes of standardised rows (L, n, D)."""
-    return torch.baddbmm(weights[:, -1:], x, weights[:, :-1]).log_softmax(2)
+    return _logits(weights, x).log_softmax(2)
 
 
 def _predict(weights: Tensor, x: Tensor) -> Tensor:
     """Classes (L, n) of standardised rows (L, n, D)."""
-    return torch.baddbmm(weights[:, -1:], x, weights[:, :-1]).argmax(2)
+    return _logits(weights, x).argmax(2)
+
+
+def _logits(weights: Tensor, x: Tensor) -> Tensor:
+    return torch.baddbmm(weights[:, -1:], x, weights[:, :-1])
 
 
 def standards(batches: Batches) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import median_filter
 
 from melprobe.audio.load import SAMPLE_RATE
-from melprobe.audio.mel import HOP, WINDOW
+from melprobe.audio.mel import HOP, WINDOW, frame_count
 
 LOWEST, HIGHEST = 75.0, 500.0
 """Hz"""
@@ -33,7 +33,7 @@ def pitch(wave: NDArray[np.float32]) -> NDArray[np.float64]:
 
     A frame's middle is that of the mel frame of its number; there are as many.
     """
-    count = max(0, (len(wave) - WINDOW) // HOP + 1)
+    count = frame_count(len(wave))
     if not count:
         return np.empty(0)
     margin = (_FRAME - WINDOW) // 2
@@ -58,7 +58,7 @@ def pitch(wave: NDArray[np.float32]) -> NDArray[np.float64]:
 
 def energy(wave: NDArray[np.float32]) -> NDArray[np.float64]:
     """Mean power (T,) of the hops at the middle of each mel frame, in dB of full scale."""
-    count = max(0, (len(wave) - WINDOW) // HOP + 1)
+    count = frame_count(len(wave))
     start = (WINDOW - HOP) // 2
     hops = wave[start : start + count * HOP].astype(np.float64).reshape(count, HOP)
     return 10 * np.log10(np.maximum((hops**2).mean(1), 10 ** (FLOOR_DB / 10)))

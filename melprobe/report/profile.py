@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from melprobe.report.svg import COLOURS, WIDE, draw
+from melprobe.report.svg import COLOURS, WIDE, draw, standalone
 
 FLOOR_STYLES = ((0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 COLUMNS = 2
@@ -33,7 +33,7 @@ def profile(results: Mapping[str, Any]) -> str:
             handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
         figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=5)
 
-    return _alone(draw("profile", text, paint, WIDE))
+    return standalone(draw("profile", text, paint, WIDE))
 
 
 def _panel(ax: Axes, name: str, label: Mapping[str, Any]) -> None:
@@ -87,10 +87,3 @@ def _places(layers: list[str]) -> tuple[float, ...]:
         number = re.fullmatch(r"h_(\d+)", layer)
         places.append(float(number[1]) if number else places[-1] + 1 if places else 0.0)
     return tuple(places)
-
-
-def _alone(svg: str) -> str:
-    """An SVG that is looked at by itself, without the report's style sheet."""
-    colours = ";".join(f"--{role}:{colour}" for role, colour in COLOURS.items())
-    look = f"svg{{{colours};--sans:sans-serif;background:{COLOURS['paper']}}}"
-    return re.sub("(<svg [^>]*>)", rf"\1<style>{look}</style>", svg, count=1) + "\n"

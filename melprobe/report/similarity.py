@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from melprobe.report.svg import COLOURS, WIDE, draw
+from melprobe.report.svg import WIDE, draw, standalone
 
 _SHADES = LinearSegmentedColormap.from_list("cka", ["#f3efe4", "#8fb0cf", "#1f639e", "#0b2745"])
 _NAMES = {"h": "residuals h", "delta": "what blocks add, Δ"}
@@ -37,11 +37,7 @@ def heat_map(results: Mapping[str, Any]) -> str:
         bar = figure.colorbar(mesh, ax=list(figure.axes), location="bottom", shrink=0.4, aspect=30)
         bar.set_label("CKA")
 
-    colours = "".join(f"--{role}:{colour};" for role, colour in COLOURS.items())
-    style = f"<style>svg{{{colours}--sans:sans-serif;background:var(--paper)}}</style>"
-    text = draw("similarity", alt, paint, WIDE)
-    first = text.index(">") + 1
-    return f"{text[:first]}{style}{text[first:]}"
+    return standalone(draw("similarity", alt, paint, WIDE))
 
 
 def _panel(ax: Axes, grid: Mapping[str, Any], results: Mapping[str, Any]) -> Any:

@@ -79,3 +79,10 @@ def draw(name: str, alt: str, paint: Callable[[Figure, bool], None], width: int)
     for role, colour in COLOURS.items():
         text = text.replace(colour, f"var(--{role})")
     return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(alt)}" ', 1)
+
+
+def standalone(svg: str) -> str:
+    """A file of what `draw` made, to be looked at without the report's style sheet, in light."""
+    colours = "".join(f"--{role}:{colour};" for role, colour in COLOURS.items())
+    style = f"<style>svg{{{colours}--sans:sans-serif;background:var(--paper)}}</style>"
+    return svg.replace(">", f">{style}", 1)
