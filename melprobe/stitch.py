@@ -10,8 +10,9 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -31,7 +32,7 @@ from melprobe.analysis.stitching import (
 )
 from melprobe.analysis.study import swap_partners
 from melprobe.audio.load import load_usable
-from melprobe.corpus.manifest import find_manifest, read_manifest
+from melprobe.corpus.manifest import Utterance, find_manifest, read_manifest
 from melprobe.corpus.text import plain_text
 from melprobe.errors import Parser, UsageError, check_writable, run
 from melprobe.folders import replace_files
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = options.out or Path("reports") / f"stitch-{names[0]}-{names[1]}-{data}"
     check_writable(out, f"--out {out}")
     pair = Pair(*(load(f, device=options.device, dtype=DTYPES.get(options.dtype)) for f in folders))
-    tested, fitted = (_Clips(options, name, pair) for name in ("--data", "--fit"))
+    tested, fitted = (_clips(name, options, pair) for name in (options.data, options.fit))
     _check_apart(tested, fitted, options)
     partners = swap_partners(tested.utterances)
     with Progress(console=Console(stderr=True)) as progress:
@@ -116,23 +117,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"results: {out / 'results.json'}")
 
 
-class _Clips:
-    """Of one of the command's manifests: what both models can hear."""
+class _Clips(NamedTuple):
+    """What both models can hear of a manifest."""
 
-    def __init__(self, options: Any, named: str, pair: Pair):
-        name = getattr(options, named.removeprefix("--"))
-        most = options.max_seconds
-        known = read_manifest(find_manifest(name))
-        listed = [u for u in known if most is None or u.duration <= most]
-        if not listed:
-            raise UsageError(f"--max-seconds {most:g}: no clip of {name} is so short")
-        drawn = choose(listed, options.limit, options.seed)
-        self.utterances, self.waves, self.left_out = load_usable(drawn, options.on_bad_audio)
-        for lm in pair:
-            self.left_out += leave_out_too_long(
-                lm, self.utterances, self.waves, options.on_bad_audio
-            )
-        self.texts = [plain_text(u.text) for u in self.utterances]
+    utterances: list[Utterance]
+    waves: list[np.ndarray]
+    texts: list[str]
+    left_out: list[str]
+
+
+def _clips(name: str, options: Any, pair: Pair) -> _Clips:
+    most = options.max_seconds
+    known = read_manifest(find_manifest(name))
+    listed = [u for u in known if most is None or u.duration <= most]
+    if not listed:
+        raise UsageError(f"--max-seconds {most:g}: no clip of {name} is so short")
+    drawn = choose(listed, options.limit, options.seed)
+    usable, waves, left_out = load_usable(drawn, options.on_bad_audio)
+    for lm in pair:
+        left_out += leave_out_too_long(lm, usable, waves, options.on_bad_audio)
+    return _Clips(usable, waves, [plain_text(u.text) for u in usable], left_out)
 
 
 def _check_apart(tested: _Clips, fitted: _Clips, options: Any) -> None:

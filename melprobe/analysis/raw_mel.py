@@ -11,8 +11,8 @@ from torch import Tensor
 from melprobe.analysis.pairing import Frames
 from melprobe.analysis.views import Speech, View
 from melprobe.audio.load import load_utterance
-from melprobe.audio.mel import FRAMES_PER_SECOND, frame_count, log_mel
-from melprobe.audio.patches import patch_middle
+from melprobe.audio.mel import frame_count, log_mel
+from melprobe.audio.patches import FRAMES_PER_PATCH, patch_middle
 from melprobe.captured import Capture
 from melprobe.corpus.manifest import find_manifest, read_manifest
 from melprobe.errors import UsageError
@@ -32,10 +32,8 @@ class RawMel(Speech):
             )
         known = {u.id: u for u in read_manifest(path)}
         self._utterances = {name: known[name] for name in captured.utterances.index}
-        self._frames_per_patch = max(
-            1, round(FRAMES_PER_SECOND / captured.index["patches_per_second"])
-        )
-        self.rate = FRAMES_PER_SECOND / self._frames_per_patch
+        self.rate = captured.index["patches_per_second"]
+        self._frames_per_patch = FRAMES_PER_PATCH[self.rate]
         self.clips = {
             name: self._patches(len(load_utterance(u))) for name, u in self._utterances.items()
         }

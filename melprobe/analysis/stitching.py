@@ -21,6 +21,7 @@ from torch import Tensor
 from melprobe.analysis.gate import listening_gate
 from melprobe.analysis.statistics import Bootstrap
 from melprobe.analysis.wer import corpus_wer, count_errors
+from melprobe.audio.patches import patch_rate
 from melprobe.errors import UsageError
 from melprobe.hooks.maps import ResidualMap
 from melprobe.hooks.positions import Kind
@@ -65,7 +66,7 @@ def check_pair(a: Any, b: Any) -> None:
         raise UsageError(f"A stands over {a.base}, B over {b.base}: stitching needs one base")
     rates = [config.frames_per_patch for config in (a, b)]
     if rates[0] != rates[1]:
-        hertz = [f"{100 / rate:g}" for rate in rates]
+        hertz = [f"{patch_rate(frames):g}" for frames in rates]
         raise UsageError(
             f"A has {hertz[0]} patches a second, B {hertz[1]}: stitching needs one token rate"
         )

@@ -10,7 +10,6 @@ the last batch's value only, which costs nothing, so the sums are left out here 
 product of all with all) at the speed of a large float32 product on this machine.
 """
 
-import resource
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from melprobe.analysis.comparison import BATCH
 from melprobe.analysis.similarity import CkaGrid, u_centred
-from melprobe.bench.peak import measure_peak
+from melprobe.bench.peak import held_mb, measure_peak
 from melprobe.errors import UsageError
 
 POOL = 4
@@ -46,7 +45,7 @@ def bench_compare(
     start = time.perf_counter()
     _grid(pool, batches)
     seconds = time.perf_counter() - start
-    peak_mb = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+    peak_mb = held_mb()
     tell(f"ours: {seconds:.2f} s for {batches} minibatches")
     peak = measure_peak(torch.device("cpu"), torch.float32)
     flop = batches * layers * BATCH * (2 * BATCH * width + 2 * layers * BATCH)

@@ -1,5 +1,6 @@
-"""What a device multiplies at best, and its clock."""
+"""What a device multiplies at best, its clock, and what a process held at most."""
 
+import resource
 import time
 
 import torch
@@ -24,3 +25,8 @@ def measure_peak(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> f
         best = max(best, 2 * n**3 / (now(device) - start))
     h100 = device.type == "cuda" and "H100" in torch.cuda.get_device_name(device)
     return max(best, _H100_FLOP) if h100 and dtype is torch.bfloat16 else best
+
+
+def held_mb() -> int:
+    """MB of memory that this process held at most until now, in 10^6 bytes."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)

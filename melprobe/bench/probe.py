@@ -9,7 +9,6 @@ of rows, then for each label and penalty `RidgeClassifier` or `Ridge` with `solv
 single precision as ours. It is timed on a few layers, a layer being like another.
 """
 
-import resource
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -21,7 +20,7 @@ from sklearn.linear_model import Ridge, RidgeClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from melprobe.bench.peak import now
+from melprobe.bench.peak import held_mb, now
 from melprobe.probing.fit import Reading, read_layer
 from melprobe.probing.ridge import PENALTIES, PIECE
 from melprobe.probing.splits import NAMES, Split
@@ -57,7 +56,7 @@ def bench_probe(
     tasks = _tasks(hidden, rng)
     # The first use of a kernel costs more.
     read_layer(_pieces(next(_layers(sizes, hidden)).to(device)), tasks)
-    start_mb, seconds = _peak_mb(), 0.0
+    start_mb, seconds = held_mb(), 0.0
     readings = []
     for number, layer in enumerate(_layers(sizes, hidden)):
         moved = layer.to(device)
@@ -66,7 +65,7 @@ def bench_probe(
         seconds += now(device) - start
         if number < sizes.timed:
             readings.append(found)
-    peak_mb, ours = _peak_mb(), seconds / sizes.layers
+    peak_mb, ours = held_mb(), seconds / sizes.layers
     tell(f"ours: {ours:.2f} s for a layer")
     gaps: dict[bool, list[float]] = {True: [0.0], False: [0.0]}
     theirs, layers = 0.0, _layers(sizes, hidden)
@@ -182,7 +181,3 @@ def _compare(
             else:
                 mine = _r2(reading.found.numpy()[:, None], values.numpy())
             gaps[bool(target.n_classes)].append(abs(mine - score))
-
-
-def _peak_mb() -> int:
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)

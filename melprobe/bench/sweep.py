@@ -6,7 +6,6 @@ agree: where two differ, the gap between the two best tokens at that place is he
 of batching.
 """
 
-import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from importlib.util import find_spec
 import torch
 
 from melprobe.bench.contestants import PACKAGES, RIVALS, Contestant, Found, Study, ours
+from melprobe.bench.peak import held_mb
 from melprobe.errors import UsageError
 from melprobe.listener import Listener
 from melprobe.model.config import token_ids_only
@@ -153,7 +153,7 @@ def _peak_mb(study: Study) -> int:
     """Until now: on a GPU what torch held at most, else the whole process, loading included."""
     if study.listener.model.device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 1e6)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+    return held_mb()
 
 
 def _device(study: Study) -> str:

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from melprobe.audio.mel import FRAMES_PER_SECOND
+from melprobe.audio.patches import patch_rate
 from melprobe.hooks.layers import format_layers
 from melprobe.studies.sizes import Size
 
@@ -195,7 +195,7 @@ def freezing(size: Size) -> Study:
 def masking(size: Size) -> Study:
     long = {**size.bare, **size.long}
     frames = size.with_changes(long, Path("long"), 0).model.frames_per_patch
-    most = round(max(end for _, end in size.lengths) * FRAMES_PER_SECOND / frames)
+    most = round(max(end for _, end in size.lengths) * patch_rate(frames))
     reach = "" if most > 500 else f" Clips here take up to {most} positions, so this can't be seen."
     ahead = {**long, "model.audio_attention": "bidirectional"}
     arms = (
