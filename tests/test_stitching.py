@@ -94,6 +94,10 @@ def test_what_does_not_fit_is_refused(pair, clips):
     slow = tiny_listener(0, frames_per_patch=4)
     with pytest.raises(UsageError, match=r"patches in the same clips.*one token rate"):
         Pair(pair.a, slow).replays(clips, TEXTS)
+    other = tiny_listener(0)
+    other.processor.after = "one"
+    with pytest.raises(UsageError, match=r"or other prompts: stitch models with .* one prompt"):
+        Pair(pair.a, other).replays(clips, TEXTS)
     config = {"base": "one", "base_sha256": "1", "frames_per_patch": 8}
     ours = SimpleNamespace(**config)
     with pytest.raises(UsageError, match="over one, B over two: stitching needs one base"):
@@ -223,7 +227,7 @@ def test_bad_input_of_the_command(folder, tmp_path):
 
     refused(r"says 4 of the texts of --data .* fit the maps on other clips", "--fit", data)
     refused("no clip of .* is so short", "--fit", data, "--max-seconds", "0.1")
-    refused(r"no manifest|no such|nowhere", "--fit", "nowhere.jsonl")
+    refused("nowhere.jsonl: neither a manifest file nor a corpus", "--fit", "nowhere.jsonl")
     with pytest.raises(UsageError, match="no checkpoint 'nobody'"):
         command.main([model, "nobody"])
     assert not (tmp_path / "out").exists()

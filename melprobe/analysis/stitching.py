@@ -51,7 +51,7 @@ class Pair(NamedTuple):
         A clip's patches have to stand at the same places, or a residual would be put elsewhere.
         """
         a, b = (lm.replay(waves, texts, 0) for lm in self)
-        if not torch.equal(a.kinds, b.kinds):
+        if not torch.equal(a.inputs["input_ids"], b.inputs["input_ids"]):
             counts = [(r.kinds == Kind.SPEECH).sum(1).tolist() for r in (a, b)]
             raise UsageError(
                 f"the two models have {counts[0]} and {counts[1]} patches in the same clips, or "
