@@ -2,11 +2,13 @@
 
 import importlib
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -232,7 +234,9 @@ def test_one_that_fails_ends_a_study_of_several_at_a_time(tiny_size, tmp_path, m
 def test_an_interrupt_ends_all_that_is_under_way(tiny_size, tmp_path):
     command = [sys.executable, "-m", "melprobe.study", "initialisation", "--jobs", "2"]
     command += ["--size", str(tiny_size), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
-    study_of = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A shell has what it starts in the background ignore interrupts, and that is handed down.
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    study_of = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeding)
     children: list[psutil.Process] = []
     try:
         deadline = time.monotonic() + 60
@@ -246,6 +250,30 @@ def test_an_interrupt_ends_all_that_is_under_way(tiny_size, tmp_path):
     finally:
         for process in (study_of, *filter(psutil.Process.is_running, children)):
             process.kill()
+
+
+def test_an_interrupt_ends_what_is_just_being_started(tiny_size, tmp_path, monkeypatch):
+    """A process that is there, while whoever starts it has not been told so yet."""
+    start = subprocess.Popen
+
+    def slow(*words, **how):
+        process = start(*words, **how)
+        time.sleep(1)
+        return process
+
+    monkeypatch.setattr(running, "_command", lambda *words: ["sleep", "20"])
+    monkeypatch.setattr(running.subprocess, "Popen", slow)
+    size = read_size(str(tiny_size))
+    runs = plan(STUDIES["pair"](size), size, 1, tmp_path)
+    began = time.monotonic()
+    threading.Timer(0.4, os.kill, (os.getpid(), signal.SIGINT)).start()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            carry_out(runs, size, lambda run, doing: None, jobs=2)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert time.monotonic() - began < 10
 
 
 def test_a_run_that_fails_is_one_line(tiny_size, tmp_path):
