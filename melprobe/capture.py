@@ -25,7 +25,7 @@ from rich.progress import Progress
 from transformers import BatchFeature
 
 from melprobe.analysis.findings import checkpoint_name
-from melprobe.analysis.protocol import choose, leave_out_too_long
+from melprobe.analysis.protocol import choose, leave_out_too_long, of_length
 from melprobe.analysis.question import Question
 from melprobe.audio.load import SAMPLE_RATE, load_usable, load_utterance
 from melprobe.corpus.manifest import Utterance, find_manifest, read_manifest
@@ -79,6 +79,7 @@ def parser() -> Parser:
         help="floors for probes: the base behind a projection drawn anew, or all weights anew",
     )
     p.add_argument("--data", default="builtin/test", help="manifest, or name like queen/test")
+    p.add_argument("--lengths", metavar="A-B", help="only clips that last A to B seconds")
     p.add_argument("--limit", type=int, default=30, help="number of utterances (0: all)")
     p.add_argument("--seed", type=int, default=0, help="chooses the utterances")
     p.add_argument("--device", help="cpu, cuda or cuda:N; the best there is by default")
@@ -157,7 +158,8 @@ def prepare(
 
     UsageError for all that can be refused before the model has run.
     """
-    drawn = choose(read_manifest(manifest), options.limit, options.seed)
+    listed = of_length(read_manifest(manifest), options.lengths)
+    drawn = choose(listed, options.limit, options.seed)
     usable, lengths, left_out = load_usable(drawn, options.on_bad_audio, load=_as_long)
     dtype, merge = DTYPES.get(options.model_dtype), options.untrained is None
     listener = load(checkpoint, device=options.device, dtype=dtype, merge=merge)

@@ -3,7 +3,7 @@
 Two checkpoints over one base, such as the arms of a pair. For every block l, what A's blocks below
 l make goes into B's blocks from l on, and the other way round: as it is, and through an affine map
 that was fitted on other clips (--fit). And each arm gets the other's block l alone, which exchanges
-what their adapters changed in it. Damage is normalised, with bands over all blocks at once.
+what their adapters changed in it: its weights, or its work between the maps. Damage is normalised, with bands over all blocks at once.
 """
 
 import json
@@ -18,7 +18,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from melprobe.analysis.findings import checkpoint_name, describe_checkpoint
-from melprobe.analysis.protocol import choose, leave_out_too_long
+from melprobe.analysis.protocol import choose, leave_out_too_long, of_length
 from melprobe.analysis.stitching import (
     ARMS,
     EXCHANGED,
@@ -44,8 +44,13 @@ from melprobe.store import provenance
 SCHEMA = 1
 _TOLD = dict(
     zip(
-        (*STITCHED, EXCHANGED),
-        ("stitched as they are", "stitched through a fitted affine map", "one block exchanged"),
+        (*STITCHED, *EXCHANGED),
+        (
+            "stitched as they are",
+            "stitched through a fitted affine map",
+            "one block exchanged",
+            "one block exchanged, between fitted affine maps",
+        ),
         strict=True,
     )
 )
@@ -60,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--data", default="builtin/test", help="manifest, or name like queen/test")
     p.add_argument("--fit", default="builtin/train", help="manifest that the maps are fitted on")
     p.add_argument("--limit", type=int, default=100, help="number of clips of each (0: all)")
-    p.add_argument("--max-seconds", type=float, help="leave out longer clips")
+    p.add_argument("--lengths", metavar="A-B", help="only clips that last A to B seconds")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", help="cpu, cuda or cuda:N; the best there is by default")
     p.add_argument("--dtype", choices=DTYPES, help="by default what the device multiplies fast")
@@ -127,11 +132,7 @@ class _Clips(NamedTuple):
 
 
 def _clips(name: str, options: Any, pair: Pair) -> _Clips:
-    most = options.max_seconds
-    known = read_manifest(find_manifest(name))
-    listed = [u for u in known if most is None or u.duration <= most]
-    if not listed:
-        raise UsageError(f"--max-seconds {most:g}: no clip of {name} is so short")
+    listed = of_length(read_manifest(find_manifest(name)), options.lengths)
     drawn = choose(listed, options.limit, options.seed)
     usable, waves, left_out = load_usable(drawn, options.on_bad_audio)
     for lm in pair:
@@ -160,7 +161,7 @@ def _show(results: dict[str, Any]) -> None:
         table = Table("block l", title=told, title_justify="left")
         for arm, other in (ARMS, ARMS[::-1]):
             stitched = f"{other} below l, {arm} from l on"
-            table.add_column(f"{arm} with {other}'s l" if condition == EXCHANGED else stitched)
+            table.add_column(f"{arm} with {other}'s l" if condition in EXCHANGED else stitched)
         for layer in range(1 + max(x["layer"] for x in results["layers"])):
             table.add_row(str(layer), *(_cell(found[arm, condition, layer]) for arm in ARMS))
         console.print(table)

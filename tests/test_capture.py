@@ -313,6 +313,7 @@ def test_killed_and_started_again_the_folder_is_the_same(folder, written, tmp_pa
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--shard-mb", "0"], "--shard-mb 0.0: take a number above 0"),
         (["--limit", "-1"], "--limit -1"),
+        (["--lengths", "90-99"], "--lengths 90-99: no clip lasts so long"),
         (["--device", "tpu"], "device"),
     ],
 )

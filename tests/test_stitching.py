@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,9 +20,10 @@ from melprobe.analysis.stitching import (
     score_stitching,
     stitch_rows,
 )
+from melprobe.corpus.manifest import read_manifest, write_manifest
 from melprobe.errors import UsageError
 from melprobe.hooks.layers import decoder_blocks
-from melprobe.hooks.stitching import exchange_block, stitch
+from melprobe.hooks.stitching import borrow_block, exchange_block, stitch
 from melprobe.listener import Listener
 from tests.tiny import N_LAYERS, TEXTS, WORDS, split_clips, tiny_listener, waves
 
@@ -72,6 +74,25 @@ def test_an_exchanged_block_equals_a_model_that_is_built_so(pair, clips, layer):
         assert all(
             torch.equal(tensor, state[name]) for name, tensor in lm.model.state_dict().items()
         )
+
+
+@pytest.mark.parametrize("layer", range(N_LAYERS))
+def test_a_borrowed_block_between_maps_that_change_nothing_is_an_exchanged_one(pair, clips, layer):
+    a, b = pair.replays(clips, TEXTS)
+    everywhere = torch.ones_like(a.kinds, dtype=bool)
+    with exchange_block(pair.a.model, pair.b.model, layer):
+        exchanged = a.hear(layer)
+    for where, donated in ((everywhere, b.residuals[layer]), (a.where("all"), a.residuals[layer])):
+        with borrow_block(
+            pair.a.model, pair.b.model, layer, donated, where, lambda h: h, lambda h: h
+        ):
+            borrowed = a.hear(layer + 1)
+        torch.testing.assert_close(borrowed.nll, exchanged.nll)
+    nowhere = torch.zeros_like(everywhere)
+    with borrow_block(
+        pair.a.model, pair.b.model, layer, b.residuals[layer], nowhere, lambda h: h, lambda h: h
+    ):
+        torch.testing.assert_close(a.hear(layer + 1).nll, a.intact.nll)
 
 
 def test_what_does_not_fit_is_refused(pair, clips):
@@ -136,10 +157,9 @@ def test_a_rotated_copy_needs_the_map_and_no_more():
     """It says the same. Stitched as it is it fails; through the affine map it doesn't."""
     lm = tiny_listener(3)
     pair = Pair(lm, rotated(lm))
-    clips = waves(*np.linspace(0.5, 1.1, 12))
+    clips = waves(*np.linspace(0.5, 1.1, 24))
     texts = [
-        f"{a} {b} {c}"
-        for a, b, c in zip(WORDS, WORDS[1:] + WORDS[:1], WORDS[5:] + WORDS[:5], strict=True)
+        f"{WORDS[i % 12]} {WORDS[(i + 1 + i // 12) % 12]} {WORDS[i * 5 % 12]}" for i in range(24)
     ]
     torch.testing.assert_close(*(one.score(clips, texts).nll for one in pair), atol=1e-3, rtol=1e-4)
     maps = fit_maps(pair, clips[4:], texts[4:])
@@ -153,6 +173,7 @@ def test_a_rotated_copy_needs_the_map_and_no_more():
 
         for layer in range(N_LAYERS):
             assert moved("stitched, mapped", layer) < 0.1
+            assert moved("exchanged, mapped", layer) < 0.1
             assert min(moved("stitched", layer), moved("exchanged", layer)) > 0.5
 
 
@@ -165,9 +186,11 @@ def test_damage_is_beside_the_arm_that_hears_less_or_the_arm_itself():
         ("A", "stitched", 0): 3.0,
         ("A", "stitched, mapped", 0): 1.5,
         ("A", "exchanged", 0): 3.0,
+        ("A", "exchanged, mapped", 0): 1.0,
         ("B", "stitched", 0): 2.0,
         ("B", "stitched, mapped", 0): 4.0,
         ("B", "exchanged", 0): 2.5,
+        ("B", "exchanged, mapped", 0): 2.0,
     }
     clips = range(12)
     rows = pd.DataFrame(
@@ -184,14 +207,23 @@ def test_damage_is_beside_the_arm_that_hears_less_or_the_arm_itself():
         ("A", "stitched"): (0.5, 0.5),
         ("A", "stitched, mapped"): (-0.25, -0.25),
         ("A", "exchanged"): (0.5, 1.0),  # beside A itself
+        ("A", "exchanged, mapped"): (0.0, 0.0),
         ("B", "stitched"): (0.0, 0.0),
         ("B", "stitched, mapped"): (1.0, 1.0),
         ("B", "exchanged"): (0.25, 0.25),
+        ("B", "exchanged, mapped"): (0.0, 0.0),
     }
 
 
 def test_the_command(folder, tmp_path, capsys):
-    split_clips(folder, tmp_path)
+    clips = read_manifest(folder / "data.jsonl")
+    write_manifest(tmp_path / "dev.jsonl", clips[:2])
+    again = [
+        replace(u, audio=shutil.copy(u.audio, tmp_path / f"again-{u.audio.name}"))
+        for u in clips[2:]
+    ]
+    # Maps need more positions than there are dimensions.
+    write_manifest(tmp_path / "train.jsonl", [*clips[2:], *again])
     other = tmp_path / "other"
     shutil.copytree(folder / "model", other)
     adapter = load_file(other / "adapter.safetensors")
@@ -199,21 +231,21 @@ def test_the_command(folder, tmp_path, capsys):
         {name: -x if "lora_B" in name else x for name, x in adapter.items()},
         other / "adapter.safetensors",
     )
-    words = [str(folder / "model"), str(other), "--data", str(tmp_path / "train.jsonl")]
-    words += ["--fit", str(tmp_path / "dev.jsonl"), "--dtype", "float32"]
+    words = [str(folder / "model"), str(other), "--data", str(tmp_path / "dev.jsonl")]
+    words += ["--fit", str(tmp_path / "train.jsonl"), "--dtype", "float32"]
     command.main([*words, "--out", str(tmp_path / "out")])
     told = capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert told.count("listening gate NOT passed: nothing below speaks of listening") == 2
     assert results["arms"]["A"]["sha256"] != results["arms"]["B"]["sha256"]
-    assert len(results["layers"]) == 2 * 3 * N_LAYERS
+    assert len(results["layers"]) == 2 * 4 * N_LAYERS
     rows = pd.read_parquet(tmp_path / "out" / "rows.parquet")
-    assert len(rows) == 4 * 2 * (2 + 3 * N_LAYERS) and rows.utterance.nunique() == 4
+    assert len(rows) == 2 * 2 * (2 + 4 * N_LAYERS) and rows.utterance.nunique() == 2
     # Nothing is there to be changed between a model and itself.
     command.main([words[0], *words[:1], *words[2:], "--out", str(tmp_path / "self")])
     results = json.loads((tmp_path / "self" / "results.json").read_text())
     for layer in results["layers"]:
-        if layer["condition"] != "stitched, mapped":
+        if not layer["condition"].endswith("mapped"):
             assert layer["delta_nll"] == pytest.approx(0, abs=1e-6)
 
 
@@ -226,7 +258,7 @@ def test_bad_input_of_the_command(folder, tmp_path):
             command.main([model, model, "--data", data, "--out", str(tmp_path / "out"), *words])
 
     refused(r"says 4 of the texts of --data .* fit the maps on other clips", "--fit", data)
-    refused("no clip of .* is so short", "--fit", data, "--max-seconds", "0.1")
+    refused("no clip lasts so long", "--fit", data, "--lengths", "0-0.1")
     refused("nowhere.jsonl: neither a manifest file nor a corpus", "--fit", "nowhere.jsonl")
     with pytest.raises(UsageError, match="no checkpoint 'nobody'"):
         command.main([model, "nobody"])

@@ -6,7 +6,11 @@ of the arm that got it. A stitched model has two arms, and can't be asked to hea
 that hears less: there both are that arm's, and d below 0 says that the two together hear more.
 
 What comes from below is taken at all positions but BOS, which is the same for every clip and an
-attention sink. Through the affine map it goes by ridge regression, fitted on other utterances.
+attention sink. Affine maps are ridge regressions fitted on other utterances, one for patches and
+one for tokens: below the first block the arms' patches differ and their tokens don't. Penalised is
+how far a map is from changing nothing. A block is exchanged as it is, its weights in the other's
+place, or between the maps: what enters it goes into the other arm's coordinates, and what the
+other's block adds comes back.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,15 +30,15 @@ from melprobe.errors import UsageError
 from melprobe.hooks.maps import ResidualMap
 from melprobe.hooks.positions import Kind
 from melprobe.hooks.replay import Replay, Variant
-from melprobe.hooks.stitching import exchange_block, stitch
+from melprobe.hooks.stitching import borrow_block, exchange_block, stitch
 from melprobe.listener import Listener
 from melprobe.model.inference import batches_by_length
 
 ARMS = ("A", "B")
 STITCHED = ("stitched", "stitched, mapped")
-EXCHANGED = "exchanged"
+EXCHANGED = ("exchanged", "exchanged, mapped")
 _RIDGE = 1e-4
-"""of the mean sum of squares of a dimension"""
+"""of a dimension's mean sum of squares, of patches and of tokens"""
 _BATCH_SECONDS = 60 * 16_000
 Waves = Sequence[np.ndarray]
 
@@ -72,32 +76,62 @@ def check_pair(a: Any, b: Any) -> None:
         )
 
 
-def fit_maps(pair: Pair, waves: Waves, texts: Sequence[str]) -> dict[str, list[ResidualMap]]:
-    """Of each receiver, an affine map into its residuals h_0, h_1, … from the other's."""
-    kept: list[list[list[Tensor]]] = [[[] for _ in range(pair.a.n_layers)] for _ in ARMS]
+class Map:
+    """An affine map from one arm's residuals (N, D) into the other's: for patches, and for tokens."""
+
+    def __init__(self, source: Tensor, target: Tensor, is_patch: Tensor):
+        """source, target: (N, D) at the same positions of the same clips; is_patch: (N,) bool.
+
+        UsageError where either has no more positions than dimensions.
+        """
+        self._by_kind = {}
+        for kind in (True, False):
+            x, y = (rows[is_patch == kind] for rows in (source, target))
+            # The size of residuals grows from block to block.
+            spread = (x - x.mean(0)).square().sum() / x.shape[1]
+            self._by_kind[kind] = ResidualMap([x], [y - x], _RIDGE * spread.item())
+        lost = (target - self(source, is_patch))[is_patch].double().square().sum()
+        there = (target[is_patch] - target[is_patch].mean(0)).double().square().sum()
+        self.r2 = 1 - float(lost / there)
+        """Explained variance of patches, on what it was fitted on."""
+
+    def __call__(self, rows: Tensor, is_patch: Tensor) -> Tensor:
+        """The other's residuals (N, D)."""
+        found = rows.clone()
+        for kind, one in self._by_kind.items():
+            found[is_patch == kind] += one([rows[is_patch == kind]])[0]
+        return found
+
+    def change(self, rows: Tensor, is_patch: Tensor) -> Tensor:
+        """What a change (N, D) of the one's residuals is in the other's."""
+        found = rows.clone()
+        for kind, one in self._by_kind.items():
+            found[is_patch == kind] += one.change(rows[is_patch == kind])
+        return found
+
+
+def fit_maps(pair: Pair, waves: Waves, texts: Sequence[str]) -> dict[str, list[Map]]:
+    """Of each receiver, affine maps into its residuals h_0 to h_L from the other's."""
+    kept: list[list[list[Tensor]]] = [[[] for _ in range(pair.a.n_layers + 1)] for _ in ARMS]
+    patches = []
     for places in _batches(waves):
         replays = pair.replays([waves[i] for i in places], [texts[i] for i in places])
         where = _taken(replays[0])
+        patches.append(replays[0].where("speech")[where])
         for of_arm, replay in zip(kept, replays, strict=True):
-            for rows, residual in zip(of_arm, replay.residuals, strict=False):
+            for rows, residual in zip(of_arm, replay.residuals, strict=True):
                 rows.append(residual[where].float())
-    a, b = kept
+    is_patch = torch.cat(patches)
+    a, b = ([torch.cat(rows) for rows in of_arm] for of_arm in kept)
     return {
-        "A": [_map(source, target) for source, target in zip(b, a, strict=True)],
-        "B": [_map(source, target) for source, target in zip(a, b, strict=True)],
+        "A": [Map(source, target, is_patch) for source, target in zip(b, a, strict=True)],
+        "B": [Map(source, target, is_patch) for source, target in zip(a, b, strict=True)],
     }
-
-
-def _map(source: Sequence[Tensor], target: Sequence[Tensor]) -> ResidualMap:
-    """Its penalty goes with the size of the residuals, which grows from block to block."""
-    rows = torch.cat(list(source))
-    spread = (rows - rows.mean(0)).square().sum() / rows.shape[1]
-    return ResidualMap(source, target, _RIDGE * spread.item())
 
 
 def stitch_rows(
     pair: Pair,
-    maps: dict[str, list[ResidualMap]],
+    maps: dict[str, list[Map]],
     waves: Waves,
     partners: Sequence[int],
     texts: Sequence[str],
@@ -115,7 +149,8 @@ def stitch_rows(
         own = pair.replays([waves[i] for i in places], said)
         for arm, (replay, other) in enumerate((own, own[::-1])):
             heard = {("intact", -1): replay.intact, ("swapped", -1): swapped[arm].intact}
-            for condition, layer, variant in _variants(pair, maps[ARMS[arm]], replay, other):
+            into, out_of = maps[ARMS[arm]], maps[ARMS[1 - arm]]
+            for condition, layer, variant in _variants(pair, into, out_of, replay, other):
                 heard[condition, layer] = next(replay.hear_each([variant]))
             rows += [
                 pd.DataFrame(
@@ -135,18 +170,38 @@ def stitch_rows(
 
 
 def _variants(
-    pair: Pair, maps: Sequence[ResidualMap], replay: Replay, other: Replay
+    pair: Pair,
+    into: Sequence[Map],
+    out_of: Sequence[Map],
+    replay: Replay,
+    other: Replay,
 ) -> Iterator[tuple[str, int, Variant]]:
-    """All that is done to the arm of `replay` with what its `other` has."""
+    """All that is done to the arm of `replay` with what its `other` has.
+
+    into, out_of: maps of the other's residuals into this arm's, and of this arm's into the other's.
+    """
     where = _taken(replay)
+    is_patch = replay.where("speech")[where]
     for layer, residual in enumerate(other.residuals[:-1]):
         mapped = residual.clone()
-        mapped[where] = maps[layer]([residual[where].float()])[0].to(residual)
+        mapped[where] = into[layer](residual[where].float(), is_patch).to(residual)
         for condition, values in zip(STITCHED, (residual, mapped), strict=True):
             cut = partial(stitch, replay.model, layer, values, where)
             yield condition, layer, Variant(cut, layer, by_position=False)
-        cut = partial(exchange_block, pair.a.model, pair.b.model, layer)
-        yield EXCHANGED, layer, Variant(cut, layer, by_position=False)
+        exchange = partial(exchange_block, pair.a.model, pair.b.model, layer)
+        borrow = partial(
+            borrow_block,
+            replay.model,
+            other.model,
+            layer,
+            residual,
+            where,
+            there=partial(out_of[layer], is_patch=is_patch),
+            # By the next map: below the first block not all directions are there to be fitted.
+            back=partial(into[layer + 1].change, is_patch=is_patch),
+        )
+        yield EXCHANGED[0], layer, Variant(exchange, layer, by_position=False)
+        yield EXCHANGED[1], layer, Variant(borrow, layer + 1, by_position=False)
 
 
 def score_stitching(rows: pd.DataFrame, speakers: Sequence[str], seed: int) -> dict[str, Any]:
@@ -160,8 +215,8 @@ def score_stitching(rows: pd.DataFrame, speakers: Sequence[str], seed: int) -> d
     worse = max(ARMS, key=lambda arm: intact[arm].nll.sum())
     layers = []
     for arm in ARMS:
-        for condition in (*STITCHED, EXCHANGED):
-            of = arm if condition == EXCHANGED else worse
+        for condition in (*STITCHED, *EXCHANGED):
+            of = arm if condition in EXCHANGED else worse
             cut = rows[(rows.arm == arm) & (rows.condition == condition)]
             table = cut.pivot(index="clip", columns="layer", values="nll").sort_index()
             above = table.to_numpy() - intact[of].nll.to_numpy()[:, None]

@@ -113,7 +113,7 @@ def cut(
     def keep_input(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         before, after = residuals(args, kwargs, output)
         where = _last(tracker.selected(positions), before)[..., None]
-        return _with_residual(output, torch.where(where, before, after))
+        return with_residual(output, torch.where(where, before, after))
 
     def unread() -> Tensor:
         there, asking = tracker.selected_so_far(positions), tracker.selected(positions)
@@ -221,7 +221,8 @@ def _last(where: Tensor, residual: Tensor) -> Tensor:
     return where[:, -residual.shape[1] :]
 
 
-def _with_residual(output: Any, residual: Tensor) -> Any:
+def with_residual(output: Any, residual: Tensor) -> Any:
+    """What a block returned, with another residual."""
     return (residual, *output[1:]) if isinstance(output, tuple) else residual
 
 

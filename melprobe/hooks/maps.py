@@ -40,6 +40,12 @@ class ResidualMap:
 
     def __call__(self, rows: Sequence[Tensor]) -> list[Tensor]:
         """The other model's residuals (N, D) of each clip, by those (N, A) of the one."""
-        weight = torch.from_numpy(self._fit.coef_)
         bias = torch.from_numpy(self._fit.intercept_)
-        return [(row.double().cpu() @ weight.T + bias).to(row) for row in rows]
+        return [(self._turned(row) + bias).to(row) for row in rows]
+
+    def change(self, rows: Tensor) -> Tensor:
+        """What a change (N, A) of the one's residuals is in the other's, (N, D)."""
+        return self._turned(rows).to(rows)
+
+    def _turned(self, rows: Tensor) -> Tensor:
+        return rows.double().cpu() @ torch.from_numpy(self._fit.coef_).T

@@ -1,13 +1,13 @@
 """Two models made into one: the lower blocks of one under the upper ones of the other, or one
 
-block's weights in the other's place. If the arms of a pair do the same thing up to a block, the
+block in the other's place. If the arms of a pair do the same thing up to a block, the
 blocks above it shouldn't mind whose work they go on with (Lenc and Vedaldi 2015, 1411.5908;
 Bansal et al. 2021, 2106.07682).
 
 Shapes: B clips, S positions, D width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from melprobe.errors import UsageError
+from melprobe.hooks.cuts import residuals, with_residual
 from melprobe.hooks.layers import block_input, check_layers, decoder_blocks, with_block_input
+
+Rows = Callable[[Tensor], Tensor]
+"""What is done to residuals (N, D)"""
 
 
 @contextmanager
@@ -70,3 +74,40 @@ def exchange_block(a: PreTrainedModel, b: PreTrainedModel, layer: int) -> Iterat
         yield
     finally:
         swap()
+
+
+@contextmanager
+def borrow_block(
+    model: PreTrainedModel,
+    donor: PreTrainedModel,
+    layer: int,
+    donated: Tensor,
+    where: Tensor,
+    there: Rows,
+    back: Rows,
+) -> Iterator[None]:
+    """Have the donor's block `layer` do the work of this model's inside a `with`, through maps.
+
+    What enters the block here is mapped `there`, the donor's block works on it, and what that adds
+    is brought `back` and added here. donated: (B, S, D) that enters the block in the donor; it is
+    what the block sees outside `where` (B, S), where nothing changes here: the first position, an
+    attention sink, is each model's own. Takes one whole sequence, as `stitch` does.
+    """
+    (layer,) = check_layers([layer], len(decoder_blocks(model)))
+    borrowed = decoder_blocks(donor)[layer]
+
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        own, after = residuals(args, kwargs, output)
+        entering = donated.to(own, copy=True)
+        entering[where] = there(own[where]).to(own)
+        args, kwargs = with_block_input(args, kwargs | {"past_key_values": None}, entering)
+        _, left = residuals(args, kwargs, borrowed(*args, **kwargs))
+        changed = after.clone()
+        changed[where] = own[where] + back((left - entering)[where]).to(own)
+        return with_residual(output, changed)
+
+    handle = decoder_blocks(model)[layer].register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
