@@ -3,7 +3,8 @@
 Two checkpoints over one base, such as the arms of a pair. For every block l, what A's blocks below
 l make goes into B's blocks from l on, and the other way round: as it is, and through an affine map
 that was fitted on other clips (--fit). And each arm gets the other's block l alone, which exchanges
-what their adapters changed in it: its weights, or its work between the maps. Damage is normalised, with bands over all blocks at once.
+what their adapters changed in it: its weights, or its work between the maps. Damage is normalised,
+with bands over all blocks at once.
 """
 
 import json
