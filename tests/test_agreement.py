@@ -2,8 +2,14 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from melprobe.analysis.agreement import agreement
+from melprobe.analysis.agreement import (
+    difference_of_means,
+    within_and_between,
+    within_less_between,
+)
+from melprobe.analysis.claims import TwoSided, claims
 from melprobe.errors import UsageError
 from tests.error_rates import assert_rare
 
@@ -30,28 +36,41 @@ def test_three_and_three_by_hand():
     s = np.full((1, 6, 6), 0.7)
     s[:, :3, :3] = 0.9
     s[:, 3:, 3:] = 0.8
-    (layer,) = agreement(s, arms(3), MARGIN)
-    assert (layer.within, layer.between) == (pytest.approx(0.85), pytest.approx(0.7))
-    assert layer.difference == pytest.approx(0.15) and layer.error == pytest.approx(0, abs=1e-9)
-    assert layer.claim == "specific"
-    (layer,) = agreement(s, arms(3), 0.2)
-    assert layer.claim == "agnostic" and layer.smallest_margin == pytest.approx(0.15)
+    assert within_and_between(s, arms(3)) == (pytest.approx(0.85), pytest.approx(0.7))
+    d = within_less_between(s, arms(3))
+    assert d.values == pytest.approx(0.15) and d.errors == pytest.approx(0, abs=1e-9)
+    assert claims(d, MARGIN)[0].claim == "above"
+    (layer,) = claims(d, 0.2)
+    assert layer.claim == "below" and layer.smallest_margin == pytest.approx(0.15, abs=1e-5)
 
 
 def test_the_order_of_runs_does_not_matter():
     s = similarities(np.random.default_rng(0), 3, 0.9, 0.8, of_runs=0.1, of_pairs=0.1, of_kinds=0)
     order = [5, 0, 3, 1, 4, 2]
-    mixed = agreement(s[:, order][:, :, order], [arms(3)[i] for i in order], MARGIN)
-    assert np.allclose(mixed[0][1:], agreement(s, arms(3), MARGIN)[0][1:])
+    mixed = within_less_between(s[:, order][:, :, order], [arms(3)[i] for i in order])
+    plain = within_less_between(s, arms(3))
+    assert np.allclose((mixed.values, mixed.errors), (plain.values, plain.errors))
 
 
-def test_too_few_seeds_are_undecided():
-    s = np.ones((2, 5, 5))
-    layers = agreement(s, [*["none"] * 3, *["encoder"] * 2], MARGIN)
-    assert {layer.claim for layer in layers} == {"undecided: seeds"}
-    assert layers[0].error is None and layers[0].difference == 0
+def test_too_few_seeds_claim_nothing():
+    d = within_less_between(np.ones((2, 5, 5)), [*["none"] * 3, *["encoder"] * 2])
+    assert not d.enough and {layer.claim for layer in claims(d, MARGIN)} == {"undecided"}
+    assert np.all(d.values == 0) and np.all(np.isinf(d.detectable()))
     with pytest.raises(UsageError, match="between two arms, and there are none"):
-        agreement(s, ["none"] * 5, MARGIN)
+        within_less_between(np.ones((2, 5, 5)), ["none"] * 5)
+
+
+def test_means_of_arms_are_compared_as_by_welch():
+    """Without blocks of clips it is the t-test of two samples, up to its degrees of freedom."""
+    rng = np.random.default_rng(4)
+    scores = rng.standard_normal((2, 8))
+    d = difference_of_means(scores, arms(4))
+    welch = stats.ttest_ind(scores[:, :4], scores[:, 4:], axis=1, equal_var=False)
+    assert np.allclose(d.values / d.errors, welch.statistic)
+    both = TwoSided(d)
+    assert np.allclose(both.p_above(0.0), 2 * stats.t.sf(abs(welch.statistic), 6))
+    far = TwoSided(difference_of_means(scores - 30 * np.eye(8)[:4].sum(0), arms(4)))
+    assert {layer.claim for layer in claims(far, 0.5)} == {"above"}
 
 
 @pytest.mark.parametrize("runs", [3, 5])
@@ -63,8 +82,8 @@ def test_false_claims_are_rare_exactly_at_the_margin(runs, of_runs, of_pairs, of
     made = []
     for _ in range(1000):
         s = similarities(rng, runs, 0.9, 0.9 - MARGIN, n_layers=10, **parts)
-        made.append({layer.claim for layer in agreement(s, arms(runs), MARGIN)})
-    assert_rare(made, ("agnostic", "specific"))
+        made.append({layer.claim for layer in claims(within_less_between(s, arms(runs)), MARGIN)})
+    assert_rare(made, ("below", "above"))
 
 
 def test_clips_count_as_well_as_runs():
@@ -80,14 +99,14 @@ def test_clips_count_as_well_as_runs():
             found[:, :3, :3] = found[:, 3:, 3:] = 0.9
             return found
 
-        (layer,) = agreement(s(gap.mean()), arms(3), 0.05, np.array([s(m) for m in means]))
-        assert layer.error == pytest.approx(gap.std(ddof=1) / blocks**0.5)
-        said.append(layer.claim)
-    assert said.count("agnostic") / 200 == pytest.approx(0.05, abs=0.045)
+        d = within_less_between(s(gap.mean()), arms(3), np.array([s(m) for m in means]))
+        assert d.errors == pytest.approx(gap.std(ddof=1) / blocks**0.5)
+        said.append(claims(d, 0.05)[0].claim)
+    assert said.count("below") / 200 == pytest.approx(0.05, abs=0.045)
 
 
 def test_arms_that_agree_are_found():
     rng = np.random.default_rng(2)
     s = similarities(rng, 5, 0.9, 0.9, of_runs=0.05, of_pairs=0.01, of_kinds=0.01, n_layers=10)
-    claims = [layer.claim for layer in agreement(s, arms(5), MARGIN)]
-    assert claims.count("agnostic") >= 8
+    found = [layer.claim for layer in claims(within_less_between(s, arms(5)), MARGIN)]
+    assert found.count("below") >= 8

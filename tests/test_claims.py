@@ -33,7 +33,7 @@ def test_false_claims_are_rare_exactly_at_the_margin(n):
         boot = Bootstrap([""] * n, resamples=1000, seed=trial)
         tests = boot.tests(*study(rng, n, np.full(10, MARGIN)))
         made.append({one.claim for one in claims(tests, MARGIN)})
-    assert_rare(made, ("needed", "not needed"))
+    assert_rare(made, ("above", "below"))
 
 
 def test_no_effect_is_found_with_power():
@@ -43,7 +43,7 @@ def test_no_effect_is_found_with_power():
     for trial in range(60):
         boot = Bootstrap([""] * 300, resamples=1000, seed=trial)
         tests = boot.tests(*study(rng, 300, truth))
-        found.append(np.mean([one.claim == "not needed" for one in claims(tests, MARGIN)]))
+        found.append(np.mean([one.claim == "below" for one in claims(tests, MARGIN)]))
         assert np.all(detectable_margins(tests) < MARGIN)
     assert np.mean(found) >= 0.8
 
@@ -54,11 +54,11 @@ def test_large_damage_is_needed_and_the_margins_say_how_far():
     boot = Bootstrap([""] * 300, seed=0)
     tests = boot.tests(*study(rng, 300, truth))
     needed, spare, between = claims(tests, MARGIN)
-    assert (needed.claim, spare.claim, between.claim) == ("needed", "not needed", "undecided")
+    assert (needed.claim, spare.claim, between.claim) == ("above", "below", "undecided")
     assert needed.smallest_margin > 0.5 > MARGIN > spare.smallest_margin
     for layer, margin in enumerate(smallest_margins(tests)):
-        assert claims(tests, margin + 1e-5)[layer].claim == "not needed"
-        assert claims(tests, margin - 1e-5)[layer].claim != "not needed"
+        assert claims(tests, margin + 1e-5)[layer].claim == "below"
+        assert claims(tests, margin - 1e-5)[layer].claim != "below"
 
 
 def test_what_nothing_bounds_is_undecided_and_exact_zeros_are_exact():
@@ -66,7 +66,7 @@ def test_what_nothing_bounds_is_undecided_and_exact_zeros_are_exact():
     zero = np.zeros((20, 2))
     zero[:, 1] = 1.0
     spare, needed = claims(boot.tests(zero), MARGIN)
-    assert (spare.claim, needed.claim) == ("not needed", "needed")
+    assert (spare.claim, needed.claim) == ("below", "above")
     assert spare.smallest_margin == pytest.approx(0, abs=1e-5)
     (alone,) = claims(Bootstrap(["one"]).tests(np.zeros((1, 1))), MARGIN)
     assert (alone.claim, alone.smallest_margin) == ("undecided", None)

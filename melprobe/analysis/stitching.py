@@ -77,7 +77,7 @@ def check_pair(a: Any, b: Any) -> None:
 
 
 class Map:
-    """From one arm's residuals (N, D) into the other's: an affine map for patches, and for tokens."""
+    """From one arm's residuals (N, D) into the other's: affine, for patches and for tokens."""
 
     def __init__(self, source: Tensor, target: Tensor, is_patch: Tensor):
         """source, target: (N, D) at the same positions of the same clips; is_patch: (N,) bool.
