@@ -65,7 +65,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("b", metavar="B", help="another over the same base")
     p.add_argument("--data", default="builtin/test", help="manifest, or name like queen/test")
     p.add_argument("--fit", default="builtin/train", help="manifest that the maps are fitted on")
-    p.add_argument("--limit", type=int, default=100, help="number of clips of each (0: all)")
+    p.add_argument("--limit", type=int, default=100, help="number of clips (0: all)")
+    p.add_argument(
+        "--fit-limit", type=int, default=100, help="and of those that maps are fitted on"
+    )
     p.add_argument("--lengths", metavar="A-B", help="only clips that last A to B seconds")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", help="cpu, cuda or cuda:N; the best there is by default")
@@ -83,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = options.out or Path("reports") / f"stitch-{names[0]}-{names[1]}-{data}"
     check_writable(out, f"--out {out}")
     pair = Pair(*(load(f, device=options.device, dtype=DTYPES.get(options.dtype)) for f in folders))
-    tested, fitted = (_clips(name, options, pair) for name in (options.data, options.fit))
+    tested = _clips(options.data, options.limit, options, pair)
+    fitted = _clips(options.fit, options.fit_limit, options, pair)
     _check_apart(tested, fitted, options)
     partners = swap_partners(tested.utterances)
     with Progress(console=Console(stderr=True)) as progress:
@@ -132,9 +136,9 @@ class _Clips(NamedTuple):
     left_out: list[str]
 
 
-def _clips(name: str, options: Any, pair: Pair) -> _Clips:
+def _clips(name: str, limit: int, options: Any, pair: Pair) -> _Clips:
     listed = of_length(read_manifest(find_manifest(name)), options.lengths)
-    drawn = choose(listed, options.limit, options.seed)
+    drawn = choose(listed, limit, options.seed)
     usable, waves, left_out = load_usable(drawn, options.on_bad_audio)
     for lm in pair:
         left_out += leave_out_too_long(lm, usable, waves, options.on_bad_audio)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from melprobe.analysis.gate import listening_gate
-from melprobe.analysis.statistics import Bootstrap
+from melprobe.analysis.statistics import Bootstrap, Tests
 
 DAMAGE_MARGIN = 0.05
 RESAMPLES = 5000
@@ -70,6 +70,16 @@ def score_layers(
         "intervals": table.method(),
         "margin": {"damage": DAMAGE_MARGIN},
     }
+
+
+def damage_tests(
+    rows: pd.DataFrame, cut: str, labels: Sequence[str], seed: int, copy_text: bool = False
+) -> Tests:
+    """Of the damage of each layer set of `labels`, which stand in the rows as in `score_layers`."""
+    table = _Table(rows, seed, copy_text)
+    intact, swapped = table.condition("intact"), table.condition("swapped")
+    cuts = [table.condition(cut, label).nll - intact.nll for label in labels]
+    return table.bootstrap.tests(_columns(cuts), swapped.nll - intact.nll)
 
 
 class _Table:

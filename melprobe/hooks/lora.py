@@ -48,3 +48,23 @@ def without_lora(
         for adapter in adapters:
             stack.callback(adapter.register_forward_hook(base, prepend=True).remove)
         yield
+
+
+@torch.no_grad()
+def adapter_sizes(model: PreTrainedModel) -> list[float]:
+    """‖ΔW‖ / ‖W‖ of each block, over all matrices that have an adapter; 0 where none has.
+
+    A block whose adapter is nothing is the base's, and as such alike in all models over it. The
+    adapter has to be apart (`merge=False`).
+    """
+    sizes = []
+    for block in decoder_blocks(model):
+        layers: list[Any] = [module for module in block.modules() if isinstance(module, LoraLayer)]
+        change = sum(
+            layer.get_delta_weight(name).square().sum().item()
+            for layer in layers
+            for name in layer.active_adapters
+        )
+        whole = sum(layer.get_base_layer().weight.square().sum().item() for layer in layers)
+        sizes.append((change / whole) ** 0.5 if whole else 0.0)
+    return sizes

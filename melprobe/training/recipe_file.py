@@ -1,6 +1,6 @@
 """Recipe files: read, changed from the command line (`--optim.lr 3e-4`), left with a run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -59,13 +59,17 @@ def set_field(fields: dict[str, Any], name: str, value: Any) -> None:
         raise UsageError(f"--{name} {value}: the recipe has no such field to set") from None
 
 
-def describe(error: ValidationError) -> str:
-    """A validation error in one line: every field, and what is wrong with it."""
+def describe(error: ValidationError, known: Sequence[str] | None = None) -> str:
+    """A validation error in one line: every field, and what is wrong with it.
+
+    known: the fields that there are; those of recipes when not given.
+    """
+    known = _field_names() if known is None else known
     parts = []
     for e in error.errors():
         message = e["msg"]
         if e["type"] == "extra_forbidden":
-            near = get_close_matches(str(e["loc"][-1]), _field_names(), n=1)
+            near = get_close_matches(str(e["loc"][-1]), known, n=1)
             message = "there is no such field" + (f"; did you mean {near[0]}?" if near else "")
         parts.append(f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {message}")
     return "; ".join(parts).replace("Value error, ", "")
