@@ -117,15 +117,18 @@ class Judge:
 
     def _agreement(self, judged: Sequence[int], passed: bool) -> list[Found]:
         """Of each judged block of the pair."""
-        question, lines = self.question, PairLines(self.question, self.out, judged)
+        question, lines = self.question, PairLines.of_study(self.question, self.out, judged)
+        arms, later = (
+            {arm: [run.name for run in runs] for arm, runs in which.items()}
+            for which in (question.arms, question.nearest)
+        )
         m = question.file.margins
         margins = {"exchanged": m.exchange, "stitched": m.exchange}
         margins |= {"h": m.similarity, "delta": m.similarity, "probe": m.probe}
-        differences = lines.differences(question.arms)
-        figures = lines.figures(question.arms)
+        differences, figures = lines.differences(arms), lines.figures(arms)
         equal, nearest = agreements(differences, margins), None
-        if question.nearest:
-            nearest = agreements(lines.differences(question.arms | question.nearest), margins)
+        if later:
+            nearest = agreements(lines.differences(arms | later), margins)
         found = []
         for i, (label, one) in enumerate(zip(also_at(equal, nearest), equal, strict=True)):
             its: Found = {}

@@ -17,7 +17,7 @@ Shapes: U clips, L judged blocks, K blocks of clips.
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import pandas as pd
@@ -36,7 +36,7 @@ from melprobe.analysis.stitching import ARMS, EXCHANGED, STITCHED
 from melprobe.corpus.manifest import find_manifest, read_manifest
 from melprobe.errors import UsageError
 from melprobe.judging.evidence import between, pairs, probes
-from melprobe.judging.question import Question, Run
+from melprobe.judging.question import Question
 from melprobe.probing.sources import MODEL
 from melprobe.probing.study import RIDGE
 
@@ -78,9 +78,11 @@ def _sums(values: Floats, block_of: NDArray[np.int64]) -> Floats:
     return found
 
 
-def stitching(folder: Path, layers: Sequence[int], speakers: Mapping[str, str]) -> Pairwise:
-    """`exchanged` and `stitched` of two runs, as similarity: damage, negative."""
-    rows = read_rows(folder)
+def stitching(rows: pd.DataFrame, layers: Sequence[int], speakers: Mapping[str, str]) -> Pairwise:
+    """`exchanged` and `stitched` of two runs, as similarity: damage, negative.
+
+    rows: of `melprobe.stitch`; layers: [L] blocks; speakers: by utterance.
+    """
     names = sorted(rows.utterance.unique())
     tables = {
         key: part.pivot(index="utterance", columns="layer", values="nll").loc[names]
@@ -106,9 +108,8 @@ def _mean(figures: Sequence[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:
     return np.mean(whole, axis=0), np.mean(by_block, axis=0)
 
 
-def likeness(folder: Path, layers: Sequence[int], speakers: Mapping[str, str]) -> Pairwise:
-    """`h` and `delta` of two runs."""
-    rows = read_rows(folder)
+def likeness(rows: pd.DataFrame, layers: Sequence[int], speakers: Mapping[str, str]) -> Pairwise:
+    """`h` and `delta` of two runs, from the rows of `melprobe.compare`."""
     rows = rows[(rows.pairing == REAL) & (rows.scaling == "raw")]
     names = pd.Index(sorted(rows.utterance.unique()))
     block_of = blocks_of_clips([speakers[name] for name in names])
@@ -122,12 +123,14 @@ def likeness(folder: Path, layers: Sequence[int], speakers: Mapping[str, str]) -
     return found
 
 
-def reading(folder: Path, layers: Sequence[int], label: str) -> tuple[Floats, Floats]:
-    """`probe` of a run: accuracy [L], and [K, L] without each block of voices."""
-    rows = read_rows(folder)
+def reading(rows: pd.DataFrame, layers: Sequence[int], label: str) -> tuple[Floats, Floats]:
+    """`probe` of a run: accuracy [L], and [K, L] without each block of voices.
+
+    rows: of `melprobe.probe`.
+    """
     rows = rows[(rows.series == MODEL) & (rows.probe == RIDGE) & (rows.label == label)]
     if rows.empty:
-        raise UsageError(f"{folder}: {label} could not be probed; see its results.json for why")
+        raise UsageError(f"{label} could not be probed; see the results.json of probes for why")
     voices = rows.drop_duplicates("utterance").set_index("utterance").voice.sort_index()
     wide = {
         column: rows.pivot(index="utterance", columns="layer", values=column)
@@ -151,33 +154,44 @@ def read_rows(folder: Path) -> pd.DataFrame:
 
 
 class PairLines:
-    """All lines between all runs of a study, read once."""
+    """All lines between all runs of a study."""
 
-    def __init__(self, question: Question, out: Path, layers: Sequence[int]):
+    def __init__(
+        self,
+        between: Mapping[frozenset[str], Pairwise],
+        read: Mapping[str, tuple[Floats, Floats]],
+    ):
+        """between: by the names of two runs; read: `probe` by the name of a run."""
+        self._between, self._read = between, read
+
+    @classmethod
+    def of_study(cls, question: Question, out: Path, layers: Sequence[int]) -> Self:
+        """From its evidence."""
         manifest = read_manifest(find_manifest(question.file.data))
         speakers = {u.id: u.speaker for u in manifest}
-        self._between = {
-            frozenset((a.name, b.name)): stitching(between(out, "stitch", a, b), layers, speakers)
-            | likeness(between(out, "compare", a, b), layers, speakers)
-            for a, b in pairs(question)
-        }
-        self._read = {
-            run.name: reading(probes(out, run), layers, question.file.probe)
-            for run in question.runs
-        }
+        found = {}
+        for a, b in pairs(question):
+            stitched, compared = (read_rows(between(out, x, a, b)) for x in ("stitch", "compare"))
+            found[frozenset((a.name, b.name))] = {
+                **stitching(stitched, layers, speakers),
+                **likeness(compared, layers, speakers),
+            }
+        probed = {run.name: read_rows(probes(out, run)) for run in question.runs}
+        label = question.file.probe
+        return cls(found, {name: reading(rows, layers, label) for name, rows in probed.items()})
 
-    def differences(self, arms: Mapping[str, Sequence[Run]]) -> dict[str, Differences]:
-        """Of each line; `probe` is the first arm's mean less the other's."""
+    def differences(self, arms: Mapping[str, Sequence[str]]) -> dict[str, Differences]:
+        """Of each line; `probe` is the first arm's mean less the other's. arms: names of runs."""
         arm_of = [arm for arm, runs in arms.items() for _ in runs]
         found = {}
         for line in BETWEEN:
             whole, by_block = self._matrix(arms, line)
             found[line] = within_less_between(whole, arm_of, by_block)
-        read = [self._read[run.name] for runs in arms.values() for run in runs]
+        read = [self._read[run] for runs in arms.values() for run in runs]
         scores, by_block = (np.stack(part, axis=-1) for part in zip(*read, strict=True))
         return found | {"probe": difference_of_means(scores, arm_of, by_block)}
 
-    def figures(self, arms: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, Floats]]:
+    def figures(self, arms: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Floats]]:
         """[L] of each line: `within` arms and `between` them; of `probe` each arm's mean."""
         arm_of = [arm for arm, runs in arms.items() for _ in runs]
         found = {}
@@ -186,14 +200,14 @@ class PairLines:
             found[line] = {"within": within, "between": across}
         return found | {
             "probe": {
-                arm: np.mean([self._read[run.name][0] for run in runs], axis=0)
+                arm: np.mean([self._read[run][0] for run in runs], axis=0)
                 for arm, runs in arms.items()
             }
         }
 
-    def _matrix(self, arms: Mapping[str, Sequence[Run]], line: str) -> tuple[Floats, Floats]:
+    def _matrix(self, arms: Mapping[str, Sequence[str]], line: str) -> tuple[Floats, Floats]:
         """[L, M, M] and [K, L, M, M] of M runs; NaN on the diagonal."""
-        names = [run.name for runs in arms.values() for run in runs]
+        names = [run for runs in arms.values() for run in runs]
         whole, by_block = next(iter(self._between.values()))[line]
         m = np.full((*whole.shape, len(names), len(names)), np.nan)
         by = np.full((*by_block.shape, len(names), len(names)), np.nan)
