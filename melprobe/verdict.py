@@ -27,6 +27,7 @@ from melprobe.judging.judge import Judge
 from melprobe.judging.question import Question, differences_in_training, digest, read_study
 from melprobe.listener import load
 from melprobe.model.checkpoint import read_config
+from melprobe.report.notation import listing
 from melprobe.report.verdict import one_page
 from melprobe.store import check_same, provenance
 
@@ -44,12 +45,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.jobs < 1:
         raise UsageError(f"--jobs {options.jobs}: take 1 or more")
     question = Question(read_study(options.study))
+    asked = question.asked()
     n_layers = _check_models(question)
     unlike = differences_in_training(question.arms) if len(question.arms) > 1 else []
     out = options.out or Path("reports") / f"verdict-{options.study.stem}"
     check_writable(out, f"--out {out}")
     with held(out):
-        asked = _keep_asked(question, out)
+        _keep_asked(asked, out)
         stages = needed(question, out, n_layers)
         console = Console(stderr=True)
         console.print(f"margins and runs as of sha256 {digest(asked)[:12]}", soft_wrap=True)
@@ -90,9 +92,9 @@ def _check_models(question: Question) -> int:
     return configs[0].text_config.num_hidden_layers
 
 
-def _keep_asked(question: Question, out: Path) -> dict[str, Any]:
+def _keep_asked(asked: dict[str, Any], out: Path) -> None:
     """What is asked, kept before there are rows; UsageError where `out` has another question's."""
-    asked, path = question.asked(), out / "asked.json"
+    path = out / "asked.json"
     if path.exists():
         as_json = [
             {key: json.dumps(value, sort_keys=True) for key, value in one.items()}
@@ -100,7 +102,6 @@ def _keep_asked(question: Question, out: Path) -> dict[str, Any]:
         ]
         check_same(out, *as_json)
     path.write_text(json.dumps(asked, indent=1) + "\n")
-    return asked
 
 
 def show(verdict: dict[str, Any], console: Console) -> None:
@@ -122,9 +123,9 @@ def show(verdict: dict[str, Any], console: Console) -> None:
         table.add_row(str(layer["layer"]), *cells)
     console.print(table)
     for arm, found in verdict["top_quarter"].items():
-        blocks = ", ".join(map(str, found["blocks"]))
+        blocks = listing([str(block) for block in found["blocks"]])
         console.print(
-            f"{arm}: that blocks {blocks} are not needed for speech and all others are: "
+            f"{arm}: the top quarter ({blocks}) is not needed for speech, and the rest is: "
             f"{found['verdict']}",
             soft_wrap=True,
         )

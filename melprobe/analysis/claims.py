@@ -172,7 +172,7 @@ def smallest_margins(tests: Testable, alpha: float = ALPHA) -> Floats:
     Infinite where none does.
     """
     spread = np.where(np.isfinite(tests.errors), tests.errors, 0.0)
-    high = max(float(np.nanmax(tests.values + 40 * spread)), 1.0)
+    high = max(float(np.nan_to_num(tests.values + 40 * spread).max()), 1.0)
     found = np.full(len(tests.values), np.inf)
     for layer in np.flatnonzero(holm(tests.p_below(high)) <= alpha):
         low, passing = 0.0, high

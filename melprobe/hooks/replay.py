@@ -3,8 +3,8 @@
 What a layer study asks of every variant is the likelihood of the references and the greedy answer.
 Four things make it cheap, and in exact arithmetic none changes what comes out:
 
-- *Prefix reuse*: below its first changed block a variant is the intact model, so those blocks hand
-  out what they computed then.
+- *Prefix reuse*: below its first changed block a variant is the intact model, so those blocks, and
+  an audio front of ours, hand out what they computed then.
 - *Two answers in one pass*: the reference and the intact model's own answer both follow the same
   prompt, whose positions dominate; the draft does not see the reference before it.
 - *Decoding by verification*: the intact answer is the draft. If the variant's most likely tokens
@@ -127,7 +127,12 @@ class Replay:
         self._check_window()
         self._find_places()
         self.residuals: list[Tensor] = []  # h_0 to h_L
+        self.front: nn.Module | None = getattr(model, "audio_front", None)
+        self.heard: list[Tensor] = []  # what the front makes of the clips
         with ExitStack() as stack:
+            if self.front is not None:
+                handle = self.front.register_forward_hook(lambda *call: self.heard.append(call[-1]))
+                stack.callback(handle.remove)
             for block in self.blocks:
                 handle = block.register_forward_hook(self._keep, with_kwargs=True)
                 stack.callback(handle.remove)
@@ -177,6 +182,8 @@ class Replay:
         """One pass: likelihoods, the answers as far as they are drafts, and what is left."""
         start = time.perf_counter()
         with ExitStack() as stack:
+            if self.front is not None and self.heard:
+                stack.enter_context(_giving(self.front, self.heard[0]))
             reused = self.blocks[: variant.reuse]
             for block, output in zip(reused, self.residuals[1:], strict=False):
                 stack.enter_context(_giving(block, output))

@@ -1,18 +1,20 @@
 """What a verdict rests on: folders of rows, each made by a command that anyone can give again.
 
-Evidence that is there is not made again. Each command is a process of its own, so that models and
-caches of one don't weigh on the next, and several can run beside each other.
+Evidence that is there is not made again. What a command says goes into a file beside its folder.
 """
 
 import os
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
 from itertools import combinations
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from melprobe.errors import UsageError
 from melprobe.hooks.layers import format_layers
@@ -117,34 +119,40 @@ def needed(question: Question, out: Path, n_layers: int) -> list[list[Evidence]]
 
 
 def make(stages: Sequence[Sequence[Evidence]], tell: Callable[[Evidence], None], jobs: int) -> None:
-    """Make what is missing, `jobs` at a time; `tell` hears of each before it is begun.
+    """Make what is missing, `jobs` at a time; `tell` hears of each that has been made.
 
-    UsageError with a command's last words when it fails; others that are under way come to an end.
+    UsageError with a command's complaint when one fails; others under way come to an end.
     """
-    for stage in stages:
-        with ThreadPoolExecutor(jobs) as pool:
-            begun = [pool.submit(_make, one, tell, jobs) for one in stage if not one.done.exists()]
-            ended, waiting = wait(begun, return_when=FIRST_EXCEPTION)
-            for future in waiting:
-                future.cancel()
-            for future in ended:
-                future.result()
-
-
-def _make(one: Evidence, tell: Callable[[Evidence], None], jobs: int) -> None:
-    tell(one)
-    one.folder.parent.mkdir(parents=True, exist_ok=True)
+    missing = [[one for one in stage if not one.done.exists()] for stage in stages]
+    if not any(missing):
+        return
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    made = subprocess.run(
-        [sys.executable, "-m", one.module, *one.words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={"OMP_NUM_THREADS": str(threads), **os.environ},
-    )
-    told = made.stdout.decode(errors="replace")
-    one.folder.with_suffix(".log").write_text(told)
-    if made.returncode:
-        lines = [line for line in told.splitlines() if line.strip()]
-        said = lines[-1].removeprefix("melprobe: ") if lines else f"exit code {made.returncode}"
-        raise UsageError(f"{one.command}: {said}")
+    context = get_context("spawn")  # threads and models of this process stay out of it
+    with ProcessPoolExecutor(jobs, context, _set_threads, (threads,)) as pool:
+        for stage in missing:
+            begun = {pool.submit(_make, one): one for one in stage}
+            try:
+                for future in as_completed(begun):
+                    future.result()
+                    tell(begun[future])
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def _set_threads(threads: int) -> None:
+    torch.set_num_threads(threads)
+
+
+def _make(one: Evidence) -> None:
+    one.folder.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        one.folder.with_suffix(".log").open("w") as log,
+        redirect_stdout(log),
+        redirect_stderr(log),
+    ):
+        try:
+            import_module(one.module).main(one.words)
+        except UsageError as error:
+            raise UsageError(f"{one.command}: {error}") from None
     one.done.touch()

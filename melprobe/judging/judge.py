@@ -89,9 +89,9 @@ class Judge:
             claims = {
                 name: _claim(claim) for name, claim in one._asdict().items() if name != "need"
             }
-            claims["speech"]["damage"] = [float(test.values[i]) for test in speech]
-            claims["answer"]["damage"] = [float(test.values[i]) for test in answer]
-            claims["copying"]["damage"] = float(copying.values[i])
+            claims["speech"]["damage"] = [_finite(test.values[i]) for test in speech]
+            claims["answer"]["damage"] = [_finite(test.values[i]) for test in answer]
+            claims["copying"]["damage"] = _finite(copying.values[i])
             found.append(
                 {
                     "need": one.need if passed else "undecided: gate",
@@ -106,11 +106,15 @@ class Judge:
         blocks = top_quarter(self.n_layers)
         top = [self._tests([format_layers(blocks)], TOP, run) for run in runs]
         speech = [self._tests([str(layer) for layer in judged], "speech", run) for run in runs]
-        found = top_quarter_claim(top, speech, judged.index(blocks[0]), self._margin)
+        below = sum(layer < blocks[0] for layer in judged)
+        found = top_quarter_claim(top, speech, below, self._margin)
+        told: str = found.verdict
+        if below == len(judged):
+            told = "undecided: zero by construction"
         return {
             "blocks": blocks,
-            "verdict": found.verdict if passed else "undecided: gate",
-            "top": {**_claim(found.top), "damage": [float(one.values[0]) for one in top]},
+            "verdict": told if passed else "undecided: gate",
+            "top": {**_claim(found.top), "damage": [_finite(one.values[0]) for one in top]},
             "rest": _claim(found.rest),
             "spare_below": [judged[i] for i in found.spare],
         }

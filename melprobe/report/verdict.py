@@ -127,8 +127,9 @@ def _cells(verdict: Mapping[str, Any], layer: Mapping[str, Any]) -> list[Any]:
     cells: list[Any] = [(needs[0]["copying"]["claim"], needs[0]["copying"]["damage"])]
     for need in needs:
         for line in ("speech", "answer"):
-            damages = need[line]["damage"]
-            cells.append((need[line]["claim"], sum(damages) / len(damages)))
+            damages = [damage for damage in need[line]["damage"] if damage is not None]
+            mean = sum(damages) / len(damages) if damages else None
+            cells.append((need[line]["claim"], mean))
         cells.append(need["need"])
     if agreement := layer["agreement"]:
         lines = agreement["lines"]
