@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from melprobe import train
+from melprobe.analysis.findings import checkpoint_name
 from melprobe.audio.mel import log_mel
 from melprobe.corpus.manifest import Span, Utterance, write_manifest
 from melprobe.errors import UsageError
@@ -87,6 +88,7 @@ def make_workshop(folder):
         "optim": {"warmup": 2, "accumulate": 2, "muon": True},
         "log_every": 1,
         "evaluate_every": STEPS,
+        "keep": [4, STEPS],
         "save_minutes": 0,
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -183,6 +185,16 @@ def test_the_checkpoint_it_leaves_can_be_used(uninterrupted):
     assert model(**batch).loss.isfinite()
     data = json.loads((uninterrupted / "best" / "data.json").read_text())
     assert data["clips_per_epoch"] == 20
+
+
+def test_checkpoints_are_kept_on_the_way(uninterrupted):
+    way, end = (
+        load_file(uninterrupted / name / "adapter.safetensors") for name in ("at-4", f"at-{STEPS}")
+    )
+    last = load_file(uninterrupted / "last" / "adapter.safetensors")
+    assert all(torch.equal(tensor, end[name]) for name, tensor in last.items())
+    assert any(not torch.equal(tensor, way[name]) for name, tensor in last.items())
+    assert checkpoint_name(uninterrupted / "at-4") == "whole-at-4"
 
 
 def test_global_statistics_are_those_of_the_training_clips(workshop):

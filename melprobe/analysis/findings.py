@@ -92,9 +92,10 @@ def warnings(n: int, targets: Sequence[int], read: bool) -> list[str]:
 
 
 def checkpoint_name(folder: Path) -> str:
-    """The folder's name; a run's `best` and `last` say whose they are."""
+    """The folder's name; a run's `best`, `last` and `at-STEP` say whose they are."""
     folder = folder.resolve()
-    return f"{folder.parent.name}-{folder.name}" if folder.name in {"best", "last"} else folder.name
+    of_run = folder.name in {"best", "last"} or folder.name.startswith("at-")
+    return f"{folder.parent.name}-{folder.name}" if of_run else folder.name
 
 
 def describe_checkpoint(folder: Path, listener: Listener) -> dict[str, Any]:

@@ -3,10 +3,10 @@
 Evidence that is there is not made again. What a command says goes into a file beside its folder.
 """
 
-import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from itertools import combinations
@@ -126,7 +126,7 @@ def make(stages: Sequence[Sequence[Evidence]], tell: Callable[[Evidence], None],
     missing = [[one for one in stage if not one.done.exists()] for stage in stages]
     if not any(missing):
         return
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, torch.get_num_threads() // jobs)
     context = get_context("spawn")  # threads and models of this process stay out of it
     with ProcessPoolExecutor(jobs, context, _set_threads, (threads,)) as pool:
         for stage in missing:
@@ -135,6 +135,11 @@ def make(stages: Sequence[Sequence[Evidence]], tell: Callable[[Evidence], None],
                 for future in as_completed(begun):
                     future.result()
                     tell(begun[future])
+            except BrokenProcessPool:
+                raise UsageError(
+                    "a command was ended from outside, perhaps for want of memory; with fewer "
+                    "--jobs the same command goes on"
+                ) from None
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise

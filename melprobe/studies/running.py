@@ -68,7 +68,7 @@ def plan(study: Study, size: Size, seeds: int, runs: Path) -> list[Run]:
 
 
 def _digest(recipe: SpeechRecipe) -> str:
-    fields = recipe.model_dump(mode="json", exclude={"out", "seed"})
+    fields = recipe.model_dump(mode="json", exclude={"out", "seed", "keep"})
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -140,6 +140,8 @@ def fit(task: Task, recipe: Recipe, device: torch.device | None = None) -> list[
                 if dev_loss < state.best:
                     state.best = dev_loss
                     _save(task, recipe.out / "best", state.log, share)
+            if state.step in recipe.keep:
+                _save(task, recipe.out / f"at-{state.step}", state.log, share)
             at_update = state.step % recipe.optim.accumulate == 0
             if at_update:
                 waited = as_first(time.monotonic() - saved, share, accelerator.device)

@@ -270,6 +270,8 @@ class _Run(RecipePart):
     optim: Optim = Optim()
     log_every: Annotated[int, Field(ge=1)] = 20
     evaluate_every: Annotated[int, Field(ge=1)] = 250
+    keep: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Steps after which the checkpoint is kept as `at-STEP`: what the run was on its way."""
     save_minutes: float = 3.0
     """How often the state to resume from is written."""
 
