@@ -5,7 +5,7 @@ by construction, and no finding.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,8 +131,10 @@ class Judge:
         margins |= {"h": m.similarity, "delta": m.similarity, "probe": m.probe}
         differences, figures = lines.differences(arms), lines.figures(arms)
         equal, nearest = agreements(differences, margins), None
-        if later:
+        if later and self._hear_alike(question.arms | question.nearest):
             nearest = agreements(lines.differences(arms | later), margins)
+        elif self._hear_alike(question.arms):
+            nearest = equal
         found = []
         for i, (label, one) in enumerate(zip(also_at(equal, nearest), equal, strict=True)):
             its: Found = {}
@@ -156,6 +158,13 @@ class Judge:
                 }
             )
         return found
+
+    def _hear_alike(self, arms: Mapping[str, Sequence[Run]]) -> bool:
+        rates = [
+            np.mean([self._results("speech", run)["baseline"]["wer"] for run in runs])
+            for runs in arms.values()
+        ]
+        return bool(np.ptp(rates) <= self.question.file.margins.wer)
 
     @property
     def _margin(self) -> float:

@@ -40,6 +40,8 @@ class Margins(Part):
     """of D of debiased CKA"""
     probe: Margin = 0.05
     """of what probes get right, between the arms' means"""
+    wer: Margin = 0.05
+    """of the arms' mean word error rates, within which they count as equal"""
 
 
 class StudyFile(Part):

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from melprobe.report.notation import listing
 from melprobe.report.svg import COLOURS, WIDE, draw, standalone
 
 _LOOKS = {
@@ -18,13 +19,13 @@ _LOOKS = {
 }
 _TOLD = {"below": "below its margin", "above": "above its margin", "undecided": "undecided"}
 _LINES = {
-    "exchanged": "exchanged",
-    "stitched": "stitched",
+    "exchanged": "exchange",
+    "stitched": "stitch",
     "h": "CKA, h",
     "delta": "CKA, Δ",
     "probe": "probe",
 }
-_ROW, _NARROW_CELL, _LABEL = 26, 50, 74
+_ROW, _NARROW_CELL, _LABEL, _WIDE_LABEL = 26, 50, 68, 142
 """pixels"""
 
 
@@ -45,7 +46,7 @@ def one_page(verdict: Mapping[str, Any]) -> str:
         columns += [
             _Column(title, _NARROW_CELL, "between arms: difference") for title in _LINES.values()
         ]
-        columns.append(_Column("agreement", 1.6 * _LABEL, "between arms: difference"))
+        columns.append(_Column("agreement", _WIDE_LABEL, "between arms: difference"))
     alt = f"Verdict on {len(verdict['layers'])} blocks: need in {' and '.join(arms)}" + (
         ", and agreement between the two." if paired else "."
     )
@@ -54,7 +55,7 @@ def one_page(verdict: Mapping[str, Any]) -> str:
         height = _ROW * (len(verdict["layers"]) + 2)
         heads = _heads(verdict)
         figure.set_layout_engine("none")
-        total = height + 26 * len(heads) + 70
+        total = height + 22 * len(heads) + 56
         figure.set_figheight(total / 72)
         for i, line in enumerate(heads):
             x, y = 12 / WIDE, 1 - (22 + 22 * i) / total
@@ -78,7 +79,7 @@ def _heads(verdict: Mapping[str, Any]) -> list[str]:
     margins = ", ".join(f"{name} {m:g}" for name, m in verdict["asked"]["margins"].items())
     lines.append(f"{data['name']}: {data['n_utterances']} clips; margins: {margins}")
     for arm, found in verdict["top_quarter"].items():
-        blocks = f"{found['blocks'][0]} to {found['blocks'][-1]}"
+        blocks = listing([str(block) for block in found["blocks"]])
         lines.append(
             f"{arm}: “the top quarter ({blocks}) is not needed for speech, and the rest is”: "
             f"{found['verdict']}"
@@ -99,7 +100,7 @@ def _table(ax: Axes, verdict: Mapping[str, Any], columns: list[_Column]) -> None
     ax.set_ylim(0, _ROW * (len(layers) + 2))
     ax.axis("off")
     top = _ROW * len(layers)
-    small: dict[str, Any] = {"fontsize": 10, "color": COLOURS["muted"], "va": "center"}
+    small: dict[str, Any] = {"fontsize": 9.7, "color": COLOURS["muted"], "va": "center"}
     ax.text(14, top + _ROW / 2, "block", **small, ha="left")
     seen = None
     for column, left, width in zip(columns, edges, widths, strict=True):
