@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,13 @@ from melprobe.audio.load import load_utterance
 from melprobe.audio.mel import frame_count, log_mel
 from melprobe.audio.patches import patch_at, patch_span
 from melprobe.captured import Capture
-from melprobe.corpus.manifest import Span, find_manifest, read_manifest, write_manifest
+from melprobe.corpus.manifest import (
+    Span,
+    Utterance,
+    find_manifest,
+    read_manifest,
+    write_manifest,
+)
 from melprobe.corpus.phones import CLASSES
 from melprobe.corpus.voices import sex_of, voice_of
 from melprobe.errors import UsageError
@@ -222,6 +229,35 @@ def test_a_manifest_may_say_a_speakers_sex(folder, tmp_path):
     (folder / "sex.jsonl").write_text(json.dumps({**record, "sex": "f"}))
     with pytest.raises(UsageError, match="sex: must be female or male, or left out, not 'f'"):
         read_manifest(folder / "sex.jsonl")
+
+
+def test_a_manifest_may_say_where_times_come_from(folder):
+    record = json.loads((folder / "data.jsonl").read_text().splitlines()[0])
+    for field, value in (("times", "TextGrid"), ("no_times", "not alignable")):
+        (folder / "times.jsonl").write_text(json.dumps({**record, field: value}))
+        (u,) = read_manifest(folder / "times.jsonl")
+        write_manifest(folder / "again.jsonl", [u])
+        assert getattr(read_manifest(folder / "again.jsonl")[0], field) == value
+    (folder / "times.jsonl").write_text(json.dumps({**record, "times": "mfa"}))
+    message = (
+        r"times\.jsonl:1: times: must be one of exact, forced alignment, TextGrid, or left out"
+    )
+    with pytest.raises(UsageError, match=message):
+        read_manifest(folder / "times.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("source", "corpus"),
+    [
+        ("asterisk", "asterisk"),
+        ("queen:jungle", "queen"),
+        ("synth:flite", "synth"),
+        ("hub:mozilla/common", "hub:mozilla/common"),
+        ("", ""),
+    ],
+)
+def test_a_corpus_is_one_whatever_its_source_says_of_a_clip(source, corpus):
+    assert Utterance("", Path(), "hi", 1.0, source=source).corpus == corpus
 
 
 @pytest.fixture(scope="module")
