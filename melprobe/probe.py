@@ -22,7 +22,8 @@ from rich.table import Table
 from melprobe.captured import Capture
 from melprobe.errors import Parser, UsageError, check_writable, run
 from melprobe.folders import replace_files
-from melprobe.probing.labels import CLASSED, LABELS, label
+from melprobe.probing.labels import CLASSED, LABELS, TIMED, label
+from melprobe.probing.origin import AUTOMATIC, origins, untimed
 from melprobe.probing.scores import score_labels
 from melprobe.probing.sources import MEL, MODEL, capture_series, mel_series, open_floors
 from melprobe.probing.study import RIDGE, describe, make_plan, parse_labels, run_plan
@@ -77,10 +78,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         bar = progress.add_task("probing", total=sum(len(each.layers) for each in series))
         rows = run_plan(plan, series, device, lambda: progress.advance(bar))
     command = ["python -m melprobe.probe", *map(shlex.quote, words)]
+    scores = score_labels(rows, names, options.seed)
+    for name in scores.keys() & set(TIMED):
+        scores[name]["times"] = origins(labelled.utterances, words=name == "word")
     results = {
         "schema": SCHEMA,
         "capture": {name: capture.index.get(name) for name in ("checkpoint", "data", "settings")},
-        "labels": score_labels(rows, names, options.seed),
+        "labels": scores,
+        "untimed": untimed(labelled.utterances),
         "splits": describe(plan),
         "unable": plan.unable,
         **provenance(seed=options.seed, command=command),
@@ -150,8 +155,27 @@ def show(results: Mapping[str, Any], console: Console) -> None:
             console.print(f"{name}: {split['dropped_clips']} clips dropped, in two splits at once")
         if not split["voices_apart"] and name != "speaker":
             console.print(f"{name}: voices are in all splits (there are fewer than three)")
+    _show_times(results, console)
     for name, reason in results["unable"].items():
         console.print(f"{name}: not probed, {reason}")
+
+
+def _show_times(results: Mapping[str, Any], console: Console) -> None:
+    """Where the times of labels come from, and how many clips have none."""
+    told: dict[str, list[str]] = {}
+    for name, found in results["labels"].items():
+        if times := found.get("times"):
+            text = ", ".join(f"{kind} ({count:,} clips)" for kind, count in times.items())
+            edges = "; their edges are automatic" if times.keys() & set(AUTOMATIC) else ""
+            told.setdefault(f"times: {text}{edges}", []).append(name)
+    for text, names in told.items():
+        console.print(f"{', '.join(names)}: {text}", highlight=False)
+    asked = results["labels"].keys() | results["unable"].keys()
+    if (missing := results["untimed"]) and asked & set(TIMED):
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in missing.items())
+        console.print(
+            f"clips without times: {sum(missing.values()):,} ({reasons})", highlight=False
+        )
 
 
 def _number(value: float | None) -> str:

@@ -71,7 +71,9 @@ def test_words_come_in_order_and_their_phones_tile_them(tmp_path, capsys):
     assert 0.0 <= we_are.start < 0.2 and 0.2 < sorry.start < 0.6
     assert [p.label for p in utterances[2].phones] == ["y", "uw", "hh", "ae", "v"]
     after = [record for _, record in read_records(path)]
-    assert [{k: row[k] for k in row if k not in ("words", "phones")} for row in after] == before
+    added = ("words", "phones", "times")
+    assert [{k: row[k] for k in row if k not in added} for row in after] == before
+    assert {u.times for u in utterances} == {"forced alignment"}
     aligned = path.read_bytes()
     main(["align", str(path)])
     assert path.read_bytes() == aligned
@@ -94,7 +96,6 @@ def test_a_clip_that_cannot_be_aligned_keeps_its_row_and_is_counted(tmp_path, mo
         {"audio": "timed.wav", "text": "Hi", "duration": 1, "words": [["hi", 0, 1]]},
     ]
     write_records(path, records)
-    before = path.read_text().splitlines()
     main(["align", str(path), "--jobs", "1"])
     out, err = capsys.readouterr()
     said = out.splitlines()[-1]
@@ -102,8 +103,33 @@ def test_a_clip_that_cannot_be_aligned_keeps_its_row_and_is_counted(tmp_path, mo
     assert said.startswith(f"{path}: 2 of 6 aligned; ")
     assert set(said.partition("; ")[2].split(", ")) == reasons
     assert f"{path}:4: {tmp_path / 'empty.wav'}: the file is empty" in err
-    after = path.read_text().splitlines()
-    assert after[1:] == before[1:] and after[0] != before[0]
+    after = [record for _, record in read_records(path)]
+    why = ["not alignable", "not alignable", "with bad audio", "with words not in the dictionary"]
+    assert [row.pop("no_times", None) for row in after] == [None, *why, None]
+    assert after[1:] == records[1:] and after[0].keys() - records[0].keys() == {
+        *("words", "phones", "times")
+    }
+    assert [u.no_times for u in read_manifest(path)[1:5]] == why
+
+
+@pocketsphinx
+def test_manifests_can_become_one_and_stay_as_they_were(tmp_path, capsys):
+    (tmp_path / "one").mkdir()
+    one = copy(tmp_path / "one", {"sorry": "We're sorry."})
+    before = one.read_bytes()
+    words = ["align", str(one), "--jobs", "1", "--out", str(tmp_path / "all.jsonl")]
+    main(words)
+    (u,) = read_manifest(tmp_path / "all.jsonl")
+    assert u.audio.resolve() == read_manifest(one)[0].audio.resolve() and u.words
+    assert one.read_bytes() == before
+    (tmp_path / "two").mkdir()
+    two = copy(tmp_path / "two", {"sorry": "We're sorry."})
+    with pytest.raises(
+        UsageError, match=r"two/own\.jsonl:1: .*sorry\.flac is already at .*one/own"
+    ):
+        main(["align", str(one), str(two), *words[2:]])
+    with pytest.raises(UsageError, match="this is a folder; name a manifest in it"):
+        main(["align", str(one), "--out", str(tmp_path)])
 
 
 @pocketsphinx

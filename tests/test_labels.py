@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,11 +16,18 @@ from melprobe.audio.load import load_utterance
 from melprobe.audio.mel import frame_count, log_mel
 from melprobe.audio.patches import patch_at, patch_span
 from melprobe.captured import Capture
-from melprobe.corpus.manifest import Span, find_manifest, read_manifest, write_manifest
+from melprobe.corpus.manifest import (
+    Span,
+    Utterance,
+    find_manifest,
+    read_manifest,
+    write_manifest,
+)
 from melprobe.corpus.phones import CLASSES
 from melprobe.corpus.voices import sex_of, voice_of
 from melprobe.errors import UsageError
-from melprobe.probing.labels import LABELS, NO_WORD, label
+from melprobe.probing.clip import NO_WORD
+from melprobe.probing.labels import LABELS, label
 from melprobe.probing.pitch import energy, pitch
 from melprobe.probing.tracks import (
     BROAD,
@@ -31,6 +39,7 @@ from melprobe.probing.tracks import (
     majority,
     mean_of_most,
     phone_tracks,
+    speaking_rate,
     with_silence,
 )
 
@@ -83,6 +92,25 @@ def test_silence_fills_what_phones_leave_and_two_phones_share_a_label():
     ]
     with pytest.raises(UsageError, match="phone 'qq': neither ARPAbet"):
         with_silence([Span("qq", 0, 1)], 1)
+
+
+def test_the_rate_is_phones_a_second_around_a_patch():
+    """Of phones of 0.1 s ten a second, and a pause among them changes nothing."""
+    edges = np.arange(0, 4.01, 0.08)
+    even = with_silence([Span("t", i / 10, (i + 1) / 10) for i in range(40)], 4)
+    assert speaking_rate(even, edges, 4) == pytest.approx(10)
+    paused = [s for s in even if not 1 < s.start < 1.3]
+    assert speaking_rate(with_silence(paused, 4), edges, 4) == pytest.approx(10)
+    longer = with_silence([Span("aa", 0, 2), Span("t", 2, 2.1)], 4)
+    rate = speaking_rate(longer, edges, 4)[:, 0]
+    middles = (edges[:-1] + edges[1:]) / 2
+    # Half of the window, 0.3125 s of it, has to be sounding; 2.1 s is the last that is said.
+    assert (np.isfinite(rate) == (middles < 2.1)).all()
+    assert rate[:20] == pytest.approx(0.5)
+    (window,) = np.flatnonzero(np.isclose(middles, 2.04))
+    low = 2.04 - 0.3125
+    assert rate[window] == pytest.approx((1 + (2 - low) / 2) / (2.1 - low))
+    assert np.isnan(speaking_rate(with_silence([], 4), edges, 4)).all()
 
 
 def test_every_phone_has_one_broad_class():
@@ -203,6 +231,35 @@ def test_a_manifest_may_say_a_speakers_sex(folder, tmp_path):
         read_manifest(folder / "sex.jsonl")
 
 
+def test_a_manifest_may_say_where_times_come_from(folder):
+    record = json.loads((folder / "data.jsonl").read_text().splitlines()[0])
+    for field, value in (("times", "TextGrid"), ("no_times", "not alignable")):
+        (folder / "times.jsonl").write_text(json.dumps({**record, field: value}))
+        (u,) = read_manifest(folder / "times.jsonl")
+        write_manifest(folder / "again.jsonl", [u])
+        assert getattr(read_manifest(folder / "again.jsonl")[0], field) == value
+    (folder / "times.jsonl").write_text(json.dumps({**record, "times": "mfa"}))
+    message = (
+        r"times\.jsonl:1: times: must be one of exact, forced alignment, TextGrid, or left out"
+    )
+    with pytest.raises(UsageError, match=message):
+        read_manifest(folder / "times.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("source", "corpus"),
+    [
+        ("asterisk", "asterisk"),
+        ("queen:jungle", "queen"),
+        ("synth:flite", "synth"),
+        ("hub:mozilla/common", "hub:mozilla/common"),
+        ("", ""),
+    ],
+)
+def test_a_corpus_is_one_whatever_its_source_says_of_a_clip(source, corpus):
+    assert Utterance("", Path(), "hi", 1.0, source=source).corpus == corpus
+
+
 @pytest.fixture(scope="module")
 def timed(folder):
     """The tiny manifest with a phone and a word from 0.1 to 0.3 s, and its capture."""
@@ -236,8 +293,15 @@ def test_rows_have_the_labels_of_their_patches(timed):
             assert phone.classes[phone.values[i]] == ("t" if inside else "sil")
             assert found.words[i] == ("press" if inside else NO_WORD)
         assert tracks["word"] == (inside and row.utterance != last)
-        assert found.tracks["time"].values[i] == pytest.approx(row.seconds)
+        assert not tracks["corpus"]
         u = next(u for u in utterances if u.id == row.utterance)
+        around = [max(row.seconds - 0.3125, 0), min(row.seconds + 0.3125, u.duration)]
+        sounding = min(around[1], 0.3) - max(around[0], 0.1)
+        known = sounding >= (around[1] - around[0]) / 2 and row.utterance != last
+        assert tracks["rate"] == known
+        if known:
+            assert found.tracks["rate"].values[i] == pytest.approx(5)  # one in 0.2 s
+        assert found.tracks["time"].values[i] == pytest.approx(row.seconds)
         patch = patch_at(row.seconds, 8)
         mel = log_mel(torch.from_numpy(load_utterance(u))[None])[0][patch * 8 : patch * 8 + 8]
         assert found.tracks["mel"].values[i] == pytest.approx(mel.mean(0).numpy(), abs=1e-4)

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import soundfile
+from rich.console import Console
 
 from melprobe import capture, probe
 from melprobe.corpus.manifest import Span, Utterance, write_manifest
@@ -18,6 +19,11 @@ from melprobe.report.profile import profile
 from tests.tiny import N_LAYERS, WORDS
 
 VOICES, CLIPS = 12, 48
+
+
+def hisses(i):
+    """One or two phones, so that the rate is not the same all over."""
+    return [Span("s", 0.4, 0.6), Span("s", 0.6, 0.8)] if i % 4 else [Span("s", 0.4, 0.8)]
 
 
 def make_manifest(place):
@@ -37,9 +43,11 @@ def make_manifest(place):
                 f"{first} {second} {i}",
                 1.0,
                 f"voice {i % VOICES}",
-                phones=(Span("aa", 0, 0.4), Span("s", 0.4, 0.8)),
+                phones=(Span("aa", 0, 0.4), *hisses(i)),
                 words=(Span(first, 0, 0.4), Span(second, 0.4, 0.8)),
+                source=("queen:jungle", "queen:pub", "asterisk")[i % VOICES % 3],
                 sex=("female", "male")[i % VOICES % 2],
+                times="exact" if i % 2 else "forced alignment",
             )
         )
     write_manifest(place / "clips.jsonl", utterances)
@@ -84,8 +92,43 @@ def test_what_is_written_is_whole(study, place):
     assert results["labels"]["phone"]["series"][0]["score"][0] > 0.9
     assert results["splits"]["phone"]["voices_apart"]
     assert not results["splits"]["speaker"]["voices_apart"]
+    assert results["splits"]["corpus"]["classes"] == 2  # of queen one, whatever the scene
     assert results["versions"]["torch"] and "--floor again=" in results["command"]
     assert results["capture"]["settings"]["dtype"] == "float32"
+
+
+def test_where_times_come_from_goes_with_the_scores(study, place, tmp_path, capsys):
+    results = json.loads((study / "results.json").read_text())
+    timed = {name for name, label in results["labels"].items() if "times" in label}
+    assert timed == {"phone", "class", "word", "rate"} and not results["untimed"]
+    assert results["labels"]["word"]["times"] == {"forced alignment": 24, "exact": 24}
+    assert "phone, accuracy, times: forced alignment" in (study / "profile.svg").read_text()
+    lines = [json.loads(line) for line in (place / "clips.jsonl").read_text().splitlines()]
+    for line in lines[:3]:
+        del line["words"], line["phones"], line["times"]
+        line["no_times"] = "not alignable"
+    for line in lines[3:]:
+        line["times"] = "exact"
+    del lines[2]["no_times"], lines[3]["times"], lines[4]["phones"]
+    (place / "other.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = [str(place / "capture"), "--labels", "phone,word,time", "--device", "cpu"]
+    probe.main([*words, "--data", str(place / "other.jsonl"), "--out", str(tmp_path / "out")])
+    told = capsys.readouterr().out.splitlines()
+    assert "phone: times: exact (43 clips), of unsaid origin (1 clips)" in told
+    assert "word: times: exact (44 clips), of unsaid origin (1 clips)" in told
+    assert "clips without times: 3 (2 not alignable, 1 never aligned)" in told
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["untimed"] == {"not alignable": 2, "never aligned": 1}
+    probe.main([*words[:2], "time", *words[3:], "--out", str(tmp_path / "time")])
+    assert "times:" not in capsys.readouterr().out
+
+
+def test_automatic_edges_are_said_in_words(study, capsys):
+    results = json.loads((study / "results.json").read_text())
+    probe.show(results, Console(width=200))
+    told = capsys.readouterr().out
+    times = "times: forced alignment (24 clips), exact (24 clips); their edges are automatic"
+    assert f"phone, class, word, rate: {times}\n" in told
 
 
 def test_the_rows_carry_the_scores(study):
@@ -165,7 +208,10 @@ def test_the_same_command_finds_the_same(study, place, tmp_path, capsys):
     ("words", "message"),
     [
         (["--labels", "phones"], "--labels 'phones': there are phone, class, word, .*, or all"),
-        (["--logistic", "f0"], "--logistic 'f0': there are phone, class, word, speaker, sex, or"),
+        (
+            ["--logistic", "f0"],
+            "--logistic 'f0': there are phone, class, word, speaker, sex, corpus, or",
+        ),
         (["--floor", "random"], "--floor random: write NAME=CAPTURE"),
         (["--floor", "mel=x"], "--floor mel=x: the name is taken"),
         (["--floor", "a=x", "--floor", "a=y"], "--floor a=y: a is given twice"),

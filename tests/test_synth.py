@@ -216,6 +216,7 @@ def test_a_corpus_has_true_times_and_goes_on_after_a_stop(tmp_path: Path) -> Non
     for path in finished:
         for utterance in read_manifest(path):
             wave = load_utterance(utterance)
+            assert utterance.times == "exact"
             assert [word.label for word in utterance.words] == word_labels(utterance.text)
             for found in (utterance.phones, utterance.words):
                 assert all(before.end <= after.start for before, after in pairwise(found))

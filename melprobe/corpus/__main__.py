@@ -1,5 +1,7 @@
 """`python -m melprobe.corpus build NAME`: make one of the corpora, all of which end in manifests.
 `python -m melprobe.corpus align NAME/SPLIT...`: give recordings word and phone times.
+`python -m melprobe.corpus textgrid NAME/SPLIT FOLDER`: take such times from Praat TextGrids.
+`python -m melprobe.corpus show NAME/SPLIT CLIP --out track.svg`: look at a clip's labels.
 `python -m melprobe.corpus pack NAME/SPLIT... --out FOLDER`: many small files into few large tars.
 
     asterisk  telephone prompts, one speaker (apt packages)
@@ -18,7 +20,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from melprobe.cache import cache_dir
-from melprobe.corpus import align, pack
+from melprobe.corpus import align, pack, show, textgrid
 from melprobe.corpus.manifest import BUILDABLE, check_name
 from melprobe.errors import Parser, run
 
@@ -27,7 +29,7 @@ CORPORA |= {"jsonl": "melprobe.corpus.user", "shards": "melprobe.corpus.tars"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Build the corpus that `argv` names, align or pack; each corpus has options of its own."""
+    """Build the corpus that `argv` names, or do what else it says; each has its own options."""
     parser = Parser(
         prog="python -m melprobe.corpus",
         description=__doc__,
@@ -39,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     build.add_argument("options", nargs=argparse.REMAINDER, help="see build CORPUS --help")
     others = {
         "align": (align, "give recordings word and phone times"),
+        "textgrid": (textgrid, "take word and phone times from Praat TextGrids"),
+        "show": (show, "draw a clip's labels over its spectrogram"),
         "pack": (pack, "many small files into few large tars"),
     }
     for action, (module, told) in others.items():

@@ -2,9 +2,10 @@
 
 Forced alignment by pocketsphinx with its US English model: first the words, then the phones in
 each. Utterances without times get `words` (as in the text, lower-case, without punctuation) and
-`phones` (ARPAbet, lower-case, without stress); their manifest is written again at the end. A word
-that the CMU dictionary lacks is said as the same word without its s, and an s; or else, and any
-numeral, as espeak-ng says it, if that is installed. A clip with yet another word stays as it is.
+`phones` (ARPAbet, lower-case, without stress), and `times` says that they are from here; their
+manifest is written again at the end. A word that the CMU dictionary lacks is said as the same word
+without its s, and an s; or else, and any numeral, as espeak-ng says it, if that is installed. A
+clip with yet another word, or that can't be aligned, gets the reason as `no_times`.
 """
 
 import argparse
@@ -14,28 +15,22 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from rich.progress import track
 
 from melprobe.audio.load import SAMPLE_RATE, BadAudio, load_utterance
-from melprobe.corpus.manifest import (
-    Span,
-    Utterance,
-    find_manifest,
-    read_manifest,
-    read_records,
-    write_records,
-)
+from melprobe.corpus.manifest import ALIGNED, Span, Utterance
 from melprobe.corpus.phones import fold
 from melprobe.corpus.text import plain_text
-from melprobe.errors import UsageError, check_writable
+from melprobe.corpus.timing import Times, add_out, open_sheets, write_joined, write_sheet
+from melprobe.errors import UsageError
 
 NO_PATH, UNKNOWN = "not alignable", "with words not in the dictionary"
+BAD = "with bad audio"
 FRAME_SECONDS = 0.01
 HALF_WINDOW = 0.0078
 """A frame's 25.6 ms window is this much later, in the middle, than the 10 ms that it counts for."""
@@ -43,22 +38,18 @@ LONGEST_PHONE = 1.0
 """Seconds. In 29,000 words of two corpora six phones are longer, next to pauses or other words."""
 
 
-class Times(NamedTuple):
-    """When the words and the phones of a clip are said."""
-
-    words: tuple[Span, ...]
-    phones: tuple[Span, ...]
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `align`."""
     add = parser.add_argument
     add("manifests", nargs="+", metavar="NAME", help="such as queen/train, or a manifest file")
+    add_out(parser)
     add("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Align manifests in place, one after the other, and print a line about each.
+    """Align manifests, one after the other, and print a line about each.
+
+    In place, or into one that holds them all.
 
     Raises UsageError, before any work, if pocketsphinx or a manifest is missing, or a manifest
     can't be written.
@@ -66,36 +57,33 @@ def run(args: argparse.Namespace) -> None:
     if args.jobs < 1:
         raise UsageError(f"--jobs {args.jobs}: take at least 1")
     known = load_decoder().lookup_word
-    manifests = {name: read_manifest(find_manifest(name)) for name in args.manifests}
-    for name in manifests:
-        check_writable(find_manifest(name).absolute().parent, name)
-    for name, utterances in manifests.items():
-        path = find_manifest(name)
-        rows = [record for _, record in read_records(path)]
-        todo = [i for i, u in enumerate(utterances) if not u.words and not u.phones]
-        added = pronunciations([utterances[i] for i in todo], known)
-        left_out = Counter[str]()
-        bad_audio: list[BadAudio] = []
+    sheets = open_sheets(args.manifests, args.out)
+    for sheet in sheets:
+        todo = [i for i, u in enumerate(sheet.utterances) if not u.words and not u.phones]
+        added = pronunciations([sheet.utterances[i] for i in todo], known)
         pool = ProcessPoolExecutor(
             args.jobs, multiprocessing.get_context("spawn"), _begin_worker, (added,)
         )
+        bad_audio: list[BadAudio] = []
         with pool:
-            found = pool.map(_align, [utterances[i] for i in todo], chunksize=8)
-            for i, times in zip(todo, track(found, f"aligning {name}", len(todo)), strict=True):
+            found = pool.map(_align, [sheet.utterances[i] for i in todo], chunksize=8)
+            shown = track(found, f"aligning {sheet.name}", len(todo))
+            for i, times in zip(todo, shown, strict=True):
                 match times:
-                    case Times(words, phones):
-                        rows[i] |= {"phones": phones, "words": words}
+                    case Times():
+                        sheet.give(i, times, ALIGNED)
                     case BadAudio():
                         bad_audio.append(times)
+                        sheet.leave(i, BAD)
                     case reason:
-                        left_out[reason] += 1
-        write_records(path, rows)
+                        sheet.leave(i, reason)
+        if args.out is None:
+            write_sheet(sheet)
         for error in bad_audio:
             print(error, file=sys.stderr)
-        left_out["with bad audio"] = len(bad_audio)
-        reasons = [f"{count:,} {reason}" for reason, count in left_out.most_common() if count]
-        aligned = f"{len(rows) - left_out.total():,} of {len(rows):,} aligned"
-        print(f"{name}: {aligned}" + ("; " + ", ".join(reasons) if reasons else ""))
+        sheet.tell("aligned")
+    if args.out is not None:
+        write_joined(sheets, args.out)
 
 
 def load_decoder(added: dict[str, list[str]] | None = None) -> Any:

@@ -2,7 +2,8 @@
 
 Fields: `audio` (path relative to the manifest), `text`, `duration` (seconds), and optionally
 `speaker`, `sex` (female or male), `source`, `phones` and `words` (lists of [label, start, end],
-seconds). Where recordings lie inside larger files, such as tar shards, `audio` is the shard,
+seconds), `times` (where these come from) and `no_times` (why an aligner left the clip without).
+Where recordings lie inside larger files, such as tar shards, `audio` is the shard,
 `bytes` ([offset, size]) says where in it, and `id` may name the recording. Other fields are left
 unread. A corpus is a folder with one manifest per split: `train.jsonl`, `dev.jsonl`, `test.jsonl`.
 Reading a manifest does not open its audio: `melprobe.audio.load` does.
@@ -28,7 +29,11 @@ from melprobe.cache import cache_dir
 from melprobe.errors import UsageError
 
 BUILTIN = Path(__file__).parent / "builtin"
+EXACT, ALIGNED, TEXTGRID = "exact", "forced alignment", "TextGrid"
+TIMES = (EXACT, ALIGNED, TEXTGRID)
+"""Where word and phone times come from: a synthesiser, `corpus align`, `corpus textgrid`."""
 FIELDS = {"audio", "bytes", "text", "duration", "speaker", "sex", "source", "phones", "words"}
+FIELDS |= {"times", "no_times"}
 BUILDABLE = ("asterisk", "queen", "synth", "jsonl", "hub", "shards")
 
 
@@ -69,6 +74,20 @@ class Utterance:
     """Those of `audio` that are the recording; None: all."""
     sex: str = ""
     """Of the speaker: female, male, or "" where it is not said."""
+    times: str = ""
+    """One of `TIMES`, or "" where it is not said or there are no times."""
+    no_times: str = ""
+    """Why an aligner, or an import, left the clip without times."""
+
+    @property
+    def corpus(self) -> str:
+        """`source` without what a corpus says there of a clip: its scene, its engine.
+
+        >>> Utterance("", Path(), "hi", 1.0, source="queen:jungle").corpus
+        'queen'
+        """
+        kind, _, name = self.source.partition(":")
+        return self.source if kind == "hub" and name else kind
 
     @property
     def place(self) -> str:
@@ -206,7 +225,17 @@ def parse_record(record: dict[str, Any], folder: Path, where: str) -> Utterance:
         where=where,
         bytes=within,
         sex=_sex(record, where),
+        times=_times(record, where),
+        no_times=_string(record, "no_times", where, default=""),
     )
+
+
+def _times(record: dict[str, Any], where: str) -> str:
+    times = _string(record, "times", where, default="")
+    if times not in ("", *TIMES):
+        known = ", ".join(TIMES)
+        raise UsageError(f"{where}: times: must be one of {known}, or left out, not {times!r}")
+    return times
 
 
 def _sex(record: dict[str, Any], where: str) -> str:
@@ -264,5 +293,7 @@ def to_record(utterance: Utterance, folder: Path) -> dict[str, Any]:
         "source": utterance.source,
         "phones": [[span.label, span.start, span.end] for span in utterance.phones],
         "words": [[span.label, span.start, span.end] for span in utterance.words],
+        "times": utterance.times,
+        "no_times": utterance.no_times,
     }
     return {field: value for field, value in record.items() if value}

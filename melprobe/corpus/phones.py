@@ -1,9 +1,11 @@
 """One phone set for every corpus: ARPAbet's 39 without stress, as in the CMU dictionary.
 
-flite, festival and pocketsphinx write ARPAbet, espeak-ng writes IPA in a dozen accents. Folding
-loses what tells accents apart (a tap is a t, a Scottish e is an ey): phones are targets and probes
-here, not phonetics.
+flite, festival, pocketsphinx and MFA's `english_us_arpa` write ARPAbet, espeak-ng writes IPA in a
+dozen accents, MFA's other English models another IPA. Folding loses what tells accents apart (a tap
+is a t, a Scottish e is an ey): phones are targets and probes here, not phonetics.
 """
+
+import re
 
 from melprobe.errors import UsageError
 
@@ -31,10 +33,18 @@ _IPA = {
     **{"ʉ": "uw", "ʉː": "uw", "ʉɹ": "uh r", "ʌʉ": "ow", "ʍ": "w", "ʲ": "y", "x": "k", "ɑ̃": "aa n"},
     **{"ɑːɹ": "aa r", "ɔːɹ": "ao r", "oːɹ": "ao r", "ɛɹ": "eh r", "ʊɹ": "uh r", "ɪɹ": "ih r"},
 }
+# What the Montreal Forced Aligner's English dictionaries have beside or in place of those.
+_MFA = {
+    **{"aj": "ay", "ej": "ey", "əw": "ow", "ɔj": "oy", "ɝ": "er", "ɑ": "aa", "ɒː": "aa"},
+    **{"ɛː": "eh", "c": "k", "ɟ": "g", "ç": "hh", "ʎ": "l"},
+    **{"ɫ": "l", "ɫ̩": "ah l", "m̩": "ah m", "ɱ": "m", "ɲ": "n", "ɾ̃": "n", "d̪": "dh"},
+}
+_SECONDARY = re.compile("[ʰʲʷ]")
+"""MFA's aspirated, palatalised and rounded consonants."""
 _FOLDED = {
     **{phone: (phone,) for phone in PHONES},
     **{"ax": ("ah",), "axr": ("er",), "ix": ("ih",), "el": ("ah", "l"), "en": ("ah", "n")},
-    **{symbol: tuple(phones.split()) for symbol, phones in _IPA.items()},
+    **{symbol: tuple(phones.split()) for symbol, phones in (_MFA | _IPA).items()},
 }
 
 
@@ -43,7 +53,10 @@ def fold(label: str) -> tuple[str, ...]:
 
     Raises UsageError for a label that no engine here writes.
     """
-    known = _FOLDED.get(label) or _FOLDED.get(label.rstrip("012").lower())
+    forms = (label, label.rstrip("012").lower(), _SECONDARY.sub("", label))
+    known = next((_FOLDED[form] for form in forms if form in _FOLDED), None)
     if known is None:
-        raise UsageError(f"phone {label!r}: neither ARPAbet nor a symbol of espeak-ng's English")
+        raise UsageError(
+            f"phone {label!r}: neither ARPAbet nor a symbol of espeak-ng's or MFA's English"
+        )
     return known

@@ -27,6 +27,7 @@ from melprobe.corpus.clips import finish
 from melprobe.corpus.engines import Clip, spans
 from melprobe.corpus.leakage import without_leaks
 from melprobe.corpus.manifest import (
+    EXACT,
     Span,
     Utterance,
     find_manifest,
@@ -184,6 +185,7 @@ def render(part: Part) -> int:
                 source=f"synth:{clip.engine}",
                 phones=phones,
                 words=words,
+                times=EXACT,
             )
     write_manifest(part.manifest, [utterances[index] for index in sorted(utterances)])
     return len(part.clips)

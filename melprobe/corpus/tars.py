@@ -92,7 +92,7 @@ def build(args: argparse.Namespace, out: Path) -> None:
     if not utterances:
         raise BadAudio(f"{args.folders[0]}: no recording in its tars is usable")
     if misplaced:
-        utterances = [replace(u, words=(), phones=()) for u in utterances]
+        utterances = [replace(u, words=(), phones=(), times="") for u in utterances]
         name_left_out([f"{misplaced[0]}: {_MISPLACED} ({len(misplaced)} such cuts)"])
     out.mkdir(parents=True, exist_ok=True)
     finish(out.resolve(), {args.split: utterances}, ["bad audio"] * len(left_out))

@@ -3,38 +3,28 @@
 Neither the capture's command nor its model is needed, only the manifest whose clips were heard.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from melprobe.audio.load import load_utterance
-from melprobe.audio.mel import WINDOW, log_mel
-from melprobe.audio.patches import FRAMES_PER_PATCH, patch_at, patch_span
+from melprobe.audio.patches import FRAMES_PER_PATCH, patch_at, patch_count
 from melprobe.captured import Capture
 from melprobe.corpus.manifest import Utterance, find_manifest, read_manifest
 from melprobe.corpus.voices import sex_of, voice_of
 from melprobe.errors import UsageError
-from melprobe.probing.pitch import energy, pitch
-from melprobe.probing.tracks import (
-    Track,
-    class_track,
-    majority,
-    mean_of_most,
-    per_patch,
-    phone_tracks,
-    with_silence,
-)
+from melprobe.probing.clip import Heard, frames_of, heard, said
+from melprobe.probing.tracks import Track, class_track, phone_tracks
 
-LABELS = ("phone", "class", "word", "speaker", "sex", "f0", "energy", "mel", "time")
-"""All there are. f0 in octaves above 100 Hz, energy in dB, mel 80 log powers, time in seconds."""
-CLASSED = LABELS[:5]
-"""Those of them that are classes."""
-NO_WORD = ""
-"""The word at a patch between words."""
+CLASSED = ("phone", "class", "word", "speaker", "sex", "corpus")
+"""Labels that are classes."""
+LABELS = (*CLASSED, "f0", "energy", "rate", "mel", "time")
+"""All there are. f0 in octaves above 100 Hz, energy in dB, rate in phones a second, mel 80 log
+powers, time in seconds."""
+TIMED = ("phone", "class", "word", "rate")
+"""Those that come from phone and word times."""
 
 
 class Labelled(NamedTuple):
@@ -72,9 +62,8 @@ def label(capture: Capture, manifest: Path | None = None) -> Labelled:
     counted = np.zeros(len(utterances), np.int64)
     np.maximum.at(counted, which[speech], patch + 1)
     count = [int(n) for n in counted]
-    phones = [_phones(u, n, r) for u, n in zip(utterances, count, strict=True)]
-    words = [_words(u, n, r) for u, n in zip(utterances, count, strict=True)]
-    sounds = [_sounds(u, n, r) for u, n in zip(utterances, count, strict=True)]
+    told = [said(u, n, r) for u, n in zip(utterances, count, strict=True)]
+    sounds = [_heard(u, n, r) for u, n in zip(utterances, count, strict=True)]
 
     def at_rows(of_clips: Sequence[Sequence[str | None]]) -> list[str | None]:
         found: list[str | None] = [None] * len(rows)
@@ -82,8 +71,7 @@ def label(capture: Capture, manifest: Path | None = None) -> Labelled:
             found[i] = of_clips[which[i]][p]
         return found
 
-    def numbers(pick: Callable[[_Sounds], NDArray[np.float64]]) -> NDArray[np.float32]:
-        each = [pick(clip) for clip in sounds]
+    def numbers(each: Sequence[NDArray[np.float64]]) -> NDArray[np.float32]:
         found = np.full((len(rows), each[0].shape[1]), np.nan, np.float32)
         found[speech] = [each[which[i]][p] for i, p in zip(speech, patch, strict=True)]
         return found
@@ -92,15 +80,17 @@ def label(capture: Capture, manifest: Path | None = None) -> Labelled:
         return at_rows([[name or None] * n for name, n in zip(labels, count, strict=True)])
 
     voices = [voice_of(u.speaker) for u in utterances]
-    word = at_rows(words)
+    word = at_rows([clip.words for clip in told])
     tracks = [
-        *phone_tracks(at_rows(phones)),
+        *phone_tracks(at_rows([clip.phones for clip in told])),
         class_track("word", [w or None for w in word]),
         class_track("speaker", of_clips(voices), speakers_apart=False),
         class_track("sex", of_clips([u.sex or sex_of(u.speaker) for u in utterances])),
-        Track("f0", numbers(lambda s: s.f0)),
-        Track("energy", numbers(lambda s: s.energy)),
-        Track("mel", numbers(lambda s: s.mel)),
+        class_track("corpus", of_clips([u.corpus for u in utterances])),
+        Track("f0", numbers([clip.f0 for clip in sounds])),
+        Track("energy", numbers([clip.energy for clip in sounds])),
+        Track("rate", numbers([clip.rate for clip in told])),
+        Track("mel", numbers([clip.mel for clip in sounds])),
         Track("time", np.where(np.isfinite(seconds), seconds, np.nan)[:, None].astype(np.float32)),
     ]
     return Labelled(
@@ -109,17 +99,8 @@ def label(capture: Capture, manifest: Path | None = None) -> Labelled:
         voices,
         {track.name: track for track in tracks},
         word,
-        numbers(lambda s: s.patches),
+        numbers([clip.patches for clip in sounds]),
     )
-
-
-class _Sounds(NamedTuple):
-    """What is heard in a clip, a row for each patch."""
-
-    f0: NDArray[np.float64]
-    energy: NDArray[np.float64]
-    mel: NDArray[np.float64]
-    patches: NDArray[np.float64]
 
 
 def _of_capture(capture: Capture, path: Path) -> list[Utterance]:
@@ -133,44 +114,8 @@ def _of_capture(capture: Capture, path: Path) -> list[Utterance]:
     return [known[str(name)] for name in capture.utterances.index]
 
 
-def _edges(count: int, r: int) -> NDArray[np.float64]:
-    return np.array([patch_span(i, r)[0] for i in range(count + 1)])
-
-
-def _phones(u: Utterance, count: int, r: int) -> list[str | None]:
-    if not u.phones:
-        return [None] * count
-    edges = _edges(count, r)
-    try:
-        return majority(with_silence(u.phones, edges[-1]), edges)
-    except UsageError as error:
-        raise UsageError(f"{u.where}: {error}") from None
-
-
-def _words(u: Utterance, count: int, r: int) -> list[str | None]:
-    found = majority(u.words, _edges(count, r))
-    return [w or NO_WORD for w in found] if u.words else [None] * count
-
-
-def _sounds(u: Utterance, count: int, r: int) -> _Sounds:
-    wave = load_utterance(u)
-    if len(wave) < WINDOW:
-        raise UsageError(f"{u.place}: shorter than one window of 25 ms")
-    octaves = np.log2(pitch(wave) / 100)[:, None]
-    mel = log_mel(torch.from_numpy(wave)[None])[0].double().numpy()
-
-    def mean(x: NDArray[np.float64]) -> NDArray[np.float64]:
-        return x.mean(0)
-
-    def side_by_side(x: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.pad(x, ((0, r - len(x)), (0, 0))).reshape(-1)
-
-    if count > -(-len(mel) // r):
+def _heard(u: Utterance, count: int, r: int) -> Heard:
+    frames = frames_of(u)
+    if count > patch_count(len(frames.mel), r):
         raise UsageError(f"{u.place}: shorter than what was captured of it; capture anew")
-    pieces = [mel[i * r :][:r] for i in range(count)]
-    return _Sounds(
-        per_patch(octaves, r, count, mean_of_most),
-        per_patch(energy(wave)[:, None], r, count, mean),
-        per_patch(mel, r, count, mean),
-        np.array([side_by_side(piece) for piece in pieces]).reshape(count, r * mel.shape[1]),
-    )
+    return heard(frames, count, r)

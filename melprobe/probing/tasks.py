@@ -56,8 +56,16 @@ def heard(
         elif missing := [name for name in NAMES if not (rows[name] & track.known).any()]:
             unable[track.name] = f"not known in {' and '.join(missing)}"
             continue
+        elif same := [name for name in NAMES if _one_value(track.values[rows[name] & track.known])]:
+            unable[track.name] = f"the same all over {' and '.join(same)}"
+            continue
         found.append(track)
     return found, unable
+
+
+def _one_value(values: NDArray[np.float32]) -> bool:
+    """Of nothing that varies (n, K) no share can be explained; rounding is no variation."""
+    return bool((np.ptp(values, 0) <= 1e-6 * np.abs(values).max(0)).all())
 
 
 def make_tasks(

@@ -17,6 +17,8 @@ from melprobe.corpus.manifest import Span
 from melprobe.corpus.phones import CLASSES, SILENCE, fold
 
 UNKNOWN = -1
+RATE_WINDOW = 0.625
+"""Seconds: three or four syllables."""
 
 # Manner of articulation (Ladefoged & Johnson, A Course in Phonetics) of ARPAbet's 39 phones.
 BROAD = {
@@ -90,6 +92,31 @@ def with_silence(phones: Sequence[Span], end: float) -> list[Span]:
         found += [Span(p, start + i * step, start + (i + 1) * step) for i, p in enumerate(parts)]
         now = max(now, stop)
     return [*found, Span(SILENCE, now, end)] if end > now else found
+
+
+def speaking_rate(
+    sounds: Sequence[Span], edges: NDArray[np.float64], end: float
+) -> NDArray[np.float64]:
+    """Local articulation rate at each interval, phones a second: (P, 1).
+
+    Phones in a window of `RATE_WINDOW` around the interval's middle, those at its edges by the
+    share that lies inside, over the time in which they sound, so that a pause is not slowness: the
+    local phone rate of Pfitzinger 1998 ("Local speech rate as a combination of syllable and phone
+    rate", ICSLP). NaN where phones sound for less than half of the window, of which what lies
+    before or behind the clip is no part.
+
+    sounds: of `with_silence`; edges (P + 1,): bounds of the intervals; end: of the clip; seconds.
+    """
+    phones = [(s.start, s.end) for s in sounds if s.label != SILENCE and s.end > s.start]
+    starts, ends = np.array(phones).reshape(-1, 2).T
+    middles = ((edges[:-1] + edges[1:]) / 2)[:, None]
+    low = np.maximum(middles - RATE_WINDOW / 2, 0)
+    high = np.minimum(middles + RATE_WINDOW / 2, end)
+    inside = np.clip(np.minimum(ends, high) - np.maximum(starts, low), 0, None)  # (P, phones)
+    sounding = inside.sum(1, keepdims=True)
+    number = (inside / (ends - starts)).sum(1, keepdims=True)
+    enough = sounding >= (high - low) / 2
+    return np.divide(number, sounding, out=np.full_like(number, np.nan), where=enough)
 
 
 def class_track(

@@ -37,7 +37,9 @@ def profile(results: Mapping[str, Any]) -> str:
 
 
 def _panel(ax: Axes, name: str, label: Mapping[str, Any]) -> None:
-    ax.set_title(f"{name}, {label['measure']}")
+    # Exact times need no word.
+    times = [kind for kind in label.get("times", ()) if kind != "exact"]
+    ax.set_title(", ".join([name, label["measure"], *(f"times: {kind}" for kind in times[:1])]))
     ax.grid(axis="y")
     ends: tuple[float, ...] = (0, 1)
     by_ridge = [s for s in label["series"] if s["probe"] == RIDGE]
